@@ -1,0 +1,131 @@
+"""Runs one function on several real ranks: spawned processes joined by gloo on this machine."""
+
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Once one rank has failed, the others are usually stuck in a collective that will never finish.
+_GRACE_AFTER_FAILURE_S = 1.0
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Calls `fn(rank, world_size, *args)` on `world_size` ranks inside an initialised gloo process group.
+
+    Args:
+        fn: Module-level function (the spawned ranks import it by name).
+        world_size: Number of ranks, at least 1.
+        *args: Further positional arguments, picklable.
+        timeout_s: Wall-clock limit for the whole call, start-up of the processes included.
+
+    Returns:
+        What each rank returned, ordered by rank. Results must be picklable; tensors are copied.
+
+    Raises:
+        RuntimeError: A rank raised or died; the message holds the tracebacks of the ranks that failed.
+        TimeoutError: Some rank was still running after `timeout_s`; all ranks have been killed.
+    """
+    deadline = time.monotonic() + timeout_s
+    # The parent holds the store, so that the port is free by construction rather than by a race-prone probe.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    processes: list[BaseProcess] = []
+    connections: list[Connection] = []
+    try:
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank, args=(sender, fn, rank, world_size, store.port, timeout_s, args), daemon=True
+            )
+            process.start()
+            # Only the child may hold the sending end: its death then reads as end-of-file here.
+            sender.close()
+            processes.append(process)
+            connections.append(receiver)
+        return _collect(connections, deadline, timeout_s)
+    finally:
+        _stop(processes)
+
+
+def _run_rank(
+    sender: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_s: float,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        # Code under test that rendezvouses by env:// must join the parent's store, not open a second one.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    torch.set_num_threads(1)
+    try:
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        result = fn(rank, world_size, *args)
+        # A rank that leaves early closes its sockets under the ranks still communicating.
+        dist.barrier()
+        dist.destroy_process_group()
+        message = (True, result)
+    except BaseException:
+        message = (False, traceback.format_exc())
+    # Plain pickle copies tensors; the multiprocessing reducers would share memory that dies with this process.
+    sender.send_bytes(pickle.dumps(message))
+    sender.close()
+
+
+def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    pending = {connection: rank for rank, connection in enumerate(connections)}
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            rank = pending.pop(connection)
+            ok, value = _receive(connection)
+            (results if ok else failures)[rank] = value
+        if failures:
+            deadline = min(deadline, time.monotonic() + _GRACE_AFTER_FAILURE_S)
+    if failures:
+        report = "\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
+        raise RuntimeError(f"{len(failures)} of {len(connections)} ranks failed\n{report}")
+    if pending:
+        raise TimeoutError(f"ranks {sorted(pending.values())} were still running after {timeout_s} s")
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        return False, "the process died without a traceback (killed, or a crash in native code)"
+
+
+def _stop(processes: list[BaseProcess]) -> None:
+    # A rank that has reported may still need a moment to exit by itself.
+    for process in processes:
+        process.join(timeout=0.5)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
