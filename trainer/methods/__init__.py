@@ -1,0 +1,33 @@
+"""The registry of training methods: one file each, one line here."""
+
+import difflib
+from typing import Any
+
+from trainer.config import Section, validate_section
+from trainer.errors import ConfigError
+from trainer.methods.base import Method
+from trainer.methods.clip import ClipMethod
+from trainer.methods.declip import DeclipMethod
+
+METHODS: dict[str, type[Method]] = {
+    "clip": ClipMethod,
+    "declip": DeclipMethod,
+}
+
+
+def parse_method(values: dict[str, Any]) -> tuple[str, Section]:
+    """Split a recipe's `method` section into the method's name and its validated settings.
+
+    Raises:
+        ConfigError: Unknown method, unknown key or value out of range.
+    """
+    settings = dict(values)
+    name = settings.pop("name")
+    if name not in METHODS:
+        close = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ConfigError(f"unknown method.name '{name}': {hint}known: {', '.join(sorted(METHODS))}")
+    return name, validate_section(METHODS[name].Settings, settings, "method.")
+
+
+__all__ = ["METHODS", "Method", "parse_method"]

@@ -1,0 +1,132 @@
+"""What every method is: an nn.Module that owns towers, heads and losses and turns a batch into named terms."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from losses import normalize
+from models import ClipModel
+from trainer.config import Section
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class MethodSettings(Section):
+    """Settings shared by all methods: the stored log temperature is projected onto these bounds after each step."""
+
+    logit_scale_min: float = 0.0
+    logit_scale_max: float = Field(math.log(100.0), le=math.log(300.0))
+
+
+@dataclass(frozen=True)
+class BoundedParameter:
+    """A parameter the trainer projects onto [low, high] after each optimizer step, under every ZeRO stage."""
+
+    parameter: nn.Parameter
+    low: float
+    high: float
+
+
+class Method(nn.Module):
+    """A training method, given whole to the engine so that one forward covers towers, heads and losses.
+
+    A step has two halves so that the gradient cache can run them apart: `encode` turns a micro-batch into feature
+    tensors, `objective` turns the features of this rank's whole share of the global batch into named terms.
+
+    Attributes:
+        image_views: Augmentation role of each image view, in order (`base`, `augmented`).
+        text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
+    """
+
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    # Along which dimension the gradient cache joins each feature tensor; 0 unless named here.
+    feature_dims: ClassVar[dict[str, int]] = {"image_features": 1, "text_features": 1}
+
+    image_views: tuple[str, ...] = ("base",)
+    text_views: tuple[str, ...] = ("original",)
+
+    def __init__(self, model: ClipModel, settings: MethodSettings, communication_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.communication_dtype = communication_dtype
+        # Not persistent: constants of the data, not of the model.
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255.0, persistent=False)
+
+    def forward(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Run one phase inside the engine.
+
+        Args:
+            phase: `train` (encode and objective), `encode`, `objective`, `image` or `text` (evaluation).
+            inputs: A batch for `train` and `encode`, features for `objective`, `images` or `token_ids` and
+                `text_lengths` for evaluation.
+
+        Returns:
+            Named tensors; for `train` and `objective` the differentiable `loss` and detached `loss/<term>` scalars,
+            each this rank's share (the mean over ranks is the value for the global batch).
+        """
+        if phase == "train":
+            return self.objective(self.encode(inputs))
+        return {"encode": self.encode, "objective": self.objective, "image": self.embed_image, "text": self.embed_text}[
+            phase
+        ](inputs)
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features of one micro-batch; see the subclass for names and shapes."""
+        raise NotImplementedError
+
+    def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named terms of the whole local share of the global batch."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """What follows an optimizer step (a queue's enqueue, an EMA update). Called once per step on every rank."""
+
+    def method_state(self) -> dict[str, Any]:
+        """State beyond parameters and buffers, identical on every rank, for checkpoints."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Restore what `method_state` returned."""
+
+    def state_digest(self) -> str:
+        """Hash of `method_state`, compared across ranks and logged; empty when there is none."""
+        return ""
+
+    def bounded_parameters(self) -> list[BoundedParameter]:
+        """Temperatures and their bounds."""
+        scale = self.model.logit_scale.log_value
+        return [BoundedParameter(scale, self.settings.logit_scale_min, self.settings.logit_scale_max)]
+
+    def describe(self, global_batch_size: int) -> list[str]:
+        """Lines for the log: how many negatives each term sees."""
+        return [f"contrastive: {global_batch_size - 1} negatives per row (the whole global batch)"]
+
+    def embed_image(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unit-norm fp32 image embeddings of uint8 images [n, 3, H, W]."""
+        return {"embeddings": normalize(self.model.encode_image(self.pixels(inputs["images"])))}
+
+    def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unit-norm fp32 text embeddings of token_ids [n, T] with text_lengths [n]."""
+        output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"])
+        return {"embeddings": normalize(output.features)}
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] to normalised fp32 (ImageNet mean and standard deviation, as DeCLIP)."""
+        return (images.float() - self.pixel_mean) / self.pixel_std
+
+    def encode_image_views(self, images: Tensor) -> Tensor:
+        """Encode uint8 views [V, m, 3, H, W] to [V, m, embed_dim].
+
+        All views share one pass unless the tower has batch norm, whose statistics are those of one view.
+        """
+        pixels = self.pixels(images)
+        if self.model.image_tower.has_batch_norm:
+            return torch.stack([self.model.encode_image(view) for view in pixels])
+        return self.model.encode_image(pixels.flatten(0, 1)).unflatten(0, images.shape[:2])

@@ -1,0 +1,188 @@
+"""DeCLIP: CLIP plus self-supervision in each modality, multi-view and nearest-neighbour supervision."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from losses import (
+    NearestNeighborQueue,
+    contrastive_terms,
+    feature_std,
+    masked_lm_loss,
+    neighbour_statistics,
+    normalize,
+    simsiam_loss,
+)
+from models import ClipModel, MlmHead, SimSiamHead
+from trainer.methods.base import Method, MethodSettings
+
+# The released code weighs the mean of all four view pairs by 0.4, so the original pair gets 0.1 and the other three
+# 0.3; the paper gives the original pair 0.4 and the others 0.2.
+PRESETS = {
+    "declip-code": {"w_clip": 0.1, "w_mvs": 0.3, "w_nns": 0.2, "w_iss": 0.2, "w_tss": 0.2},
+    "declip-paper": {"w_clip": 0.4, "w_mvs": 0.2, "w_nns": 0.2, "w_iss": 0.2, "w_tss": 0.2},
+}
+
+
+class DeclipSettings(MethodSettings):
+    """Term weights (None takes the preset's) and the options of each term; a weight of 0 skips the term's compute."""
+
+    preset: Literal["declip-code", "declip-paper"] = "declip-code"
+    w_clip: float | None = Field(None, ge=0.0)
+    w_mvs: float | None = Field(None, ge=0.0)
+    w_nns: float | None = Field(None, ge=0.0)
+    w_iss: float | None = Field(None, ge=0.0)
+    w_tss: float | None = Field(None, ge=0.0)
+    nns_queue_size: int = Field(65536, ge=1)
+    nns_warmup: Literal["skip", "random"] = "skip"
+    nns_enqueue: Literal["both", "orig"] = "both"
+    nns_symmetric: bool = False
+    nns_mask_duplicates: bool = False
+    iss_bn: Literal["sync", "local"] = "sync"
+    iss_hidden_dim: int = Field(1024, ge=1)
+    iss_predictor_dim: int = Field(512, ge=1)
+    mlm_probability: float = Field(0.15, gt=0.0, lt=1.0)
+    # True: the masked caption is also the contrastive one (the released code). False: a third, clean text pass.
+    mlm_shared_pass: bool = True
+
+    def weights(self) -> dict[str, float]:
+        """The five weights in force."""
+        preset = PRESETS[self.preset]
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in preset.items()}
+
+
+class DeclipMethod(Method):
+    """Two image views and two captions: InfoNCE on all four pairs, SimSiam, masked language modelling, neighbours.
+
+    Source: Li et al., "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training
+    Paradigm", ICLR 2022. Deviations, each an improvement with the official behaviour as an option where it matters:
+    one global queue on all ranks instead of one per rank, synchronised BN in the SimSiam head, the MLM mean taken over
+    the global batch.
+    """
+
+    Settings: ClassVar[type[MethodSettings]] = DeclipSettings
+    settings: DeclipSettings
+    image_views = ("augmented", "augmented")
+
+    def __init__(self, model: ClipModel, settings: DeclipSettings, communication_dtype: torch.dtype | None) -> None:
+        super().__init__(model, settings, communication_dtype)
+        self.weights = settings.weights()
+        self.text_views = self._text_views()
+        if self.weights["w_iss"]:
+            self.simsiam = SimSiamHead(
+                model.embed_dim,
+                hidden_dim=settings.iss_hidden_dim,
+                out_dim=settings.iss_hidden_dim,
+                predictor_dim=settings.iss_predictor_dim,
+                batch_norm=settings.iss_bn,
+            )
+        if self.weights["w_tss"]:
+            self.mlm = MlmHead(model.text_tower.width, model.text_tower.vocab_size)
+        self.queue = None
+        if self.weights["w_nns"]:
+            self.queue = NearestNeighborQueue(
+                settings.nns_queue_size, model.embed_dim, warmup=settings.nns_warmup, enqueue=settings.nns_enqueue
+            )
+        self._pending: Tensor | None = None
+
+    def _text_views(self) -> tuple[str, ...]:
+        if not self.weights["w_tss"]:
+            return ("original", "eda")
+        return ("masked", "eda") if self.settings.mlm_shared_pass else ("original", "eda", "masked")
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features of one micro-batch.
+
+        Returns:
+            image_features [2, m, embed_dim], text_features [2, m, embed_dim] (original, EDA), not normalised; with
+            MLM also mlm_rows [n, text width] (states at the masked positions) and mlm_targets int64 [n].
+        """
+        token_ids = batch["token_ids"]
+        views, size = token_ids.shape[:2]
+        text = self.model.encode_text(token_ids.flatten(0, 1), batch["text_lengths"].flatten())
+        features = {
+            "image_features": self.encode_image_views(batch["images"]),
+            "text_features": text.features.unflatten(0, (views, size))[:2],
+        }
+        if self.weights["w_tss"]:
+            masked_view = self.text_views.index("masked")
+            states = text.hidden_states.unflatten(0, (views, size))[masked_view]
+            features["mlm_rows"] = states.flatten(0, 1)[batch["mlm_index"]]
+            features["mlm_targets"] = batch["mlm_targets"]
+        return features
+
+    def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All terms of this rank's share; see the class docstring for their sources."""
+        image_features = normalize(features["image_features"])
+        text_features = normalize(features["text_features"])
+        scale = self.model.logit_scale()
+        mlm_count = torch.zeros(1, dtype=torch.float64, device=scale.device)
+        if self.weights["w_tss"]:
+            mlm_count += features["mlm_targets"].numel()
+        slots, metrics = self._search(text_features)
+        contrastive = contrastive_terms(
+            image_features,
+            text_features,
+            scale,
+            queue_rows=None if slots is None else self.queue.rows,
+            neighbour_slots=slots,
+            neighbour_symmetric=self.settings.nns_symmetric,
+            neighbour_mask_duplicates=self.settings.nns_mask_duplicates,
+            extra_sums=mlm_count,
+            communication_dtype=self.communication_dtype,
+        )
+        self._pending = contrastive.gathered_text if self.queue is not None else None
+        terms = {"clip": contrastive.clip[0, 0], "mvs": (contrastive.clip.sum() - contrastive.clip[0, 0]) / 3.0}
+        if self.weights["w_nns"]:
+            # Nothing to search yet (warm-up `skip`): a zero that every rank agrees on, as `filled` is replicated.
+            terms["nns"] = terms["clip"].detach() * 0.0 if contrastive.nns is None else contrastive.nns.mean()
+        if self.weights["w_iss"]:
+            projections, predictions = self.simsiam(features["image_features"])
+            terms["iss"] = simsiam_loss(projections, predictions)
+            metrics["iss/std"] = feature_std(projections)
+        if self.weights["w_tss"]:
+            logits = self.mlm(features["mlm_rows"])
+            terms["tss"] = masked_lm_loss(logits, features["mlm_targets"], contrastive.extra_sums[0])
+        loss = sum(self.weights[f"w_{name}"] * term for name, term in terms.items() if self.weights[f"w_{name}"])
+        detached = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        return {"loss": loss, **detached, "logit_scale": scale.detach(), **metrics}
+
+    def _search(self, text_features: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if self.queue is None:
+            return None, {}
+        filled = text_features.new_full((), float(self.queue.filled))
+        if not self.queue.ready:
+            return None, {"nns/filled": filled}
+        slots, cosine = self.queue.search(text_features.detach())
+        distinct, mean_cosine = neighbour_statistics(slots, cosine)
+        return slots, {"nns/filled": filled, "nns/mean_cosine": mean_cosine, "nns/distinct": distinct}
+
+    def after_step(self) -> None:
+        """Enqueue the step's captions; after the backward pass, which still reads the queue's rows."""
+        if self._pending is not None:
+            self.queue.enqueue(self._pending)
+            self._pending = None
+
+    def method_state(self) -> dict[str, Any]:
+        """The queue."""
+        return {} if self.queue is None else {"queue": self.queue.state()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Restore the queue; a checkpoint without one starts it empty."""
+        if self.queue is not None and "queue" in state:
+            self.queue.load_state(state["queue"])
+
+    def state_digest(self) -> str:
+        """Hash of the queue's rows, pointer and fill."""
+        return "" if self.queue is None else self.queue.content_hash()
+
+    def describe(self, global_batch_size: int) -> list[str]:
+        """Negatives of each contrastive term and the age of the queue."""
+        lines = super().describe(global_batch_size)
+        if self.queue is not None:
+            rows = global_batch_size * (2 if self.settings.nns_enqueue == "both" else 1)
+            steps = self.settings.nns_queue_size / rows
+            lines.append(f"nearest neighbours: global queue of {self.settings.nns_queue_size} rows = {steps:.1f} steps")
+        return lines
