@@ -1,0 +1,48 @@
+"""Where the project keeps files it can make again, and how it writes them."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Returns the cache folder of the project (not created here).
+
+    The environment variable DECLIP_CACHE wins, then $XDG_CACHE_HOME/declip-trainer, then ~/.cache/declip-trainer.
+    """
+    explicit = os.environ.get("DECLIP_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = Path(base).expanduser() if base else Path.home() / ".cache"
+    return root / "declip-trainer"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` and moves it there when the block ends without an error.
+
+    Readers see the old file, or the whole new one; two writers do no harm to each other.
+
+    Args:
+        path: The file to create or replace; its folder is created.
+
+    Yields:
+        An existing empty file in the same folder, to be overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, because numpy appends .npz to names that lack it.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a shared cache wants what a plain open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
