@@ -1,0 +1,132 @@
+"""Who am I: rank and rendezvous from whichever launcher started this process, before anything heavy is imported."""
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all processes of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the rank that logs and writes shared files."""
+        return self.rank == 0
+
+
+def find_place() -> Place:
+    """Read ranks from the environment of deepspeed, torchrun, srun, mpirun or none, and export them for torch.
+
+    Raises:
+        ConfigError: The launcher's variables are incomplete or no address of the first node can be found.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed"
+        return _export(launcher, _integer("RANK"), _integer("LOCAL_RANK", 0), _integer("WORLD_SIZE"), _local_size())
+    if "SLURM_PROCID" in os.environ and _integer("SLURM_STEP_NUM_TASKS", _integer("SLURM_NTASKS", 1)) > 1:
+        os.environ.setdefault("MASTER_ADDR", _slurm_first_address())
+        os.environ.setdefault("MASTER_PORT", str(_port_of_job(os.environ.get("SLURM_JOB_ID", "0"))))
+        size = _integer("SLURM_STEP_NUM_TASKS", _integer("SLURM_NTASKS", 1))
+        return _export("srun", _integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), size, _local_size())
+    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+        return _from_mpi()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    return _export("python", 0, 0, 1, 1)
+
+
+def _export(launcher: str, rank: int, local_rank: int, world_size: int, local_world_size: int) -> Place:
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} is outside world size {world_size}; check the launcher's environment variables")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"{name} is not set although WORLD_SIZE is {world_size}; start through a launcher")
+    return Place(rank, local_rank, world_size, min(local_world_size, world_size), launcher)
+
+
+def _from_mpi() -> Place:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"started by mpirun, but mpi4py cannot be used ({error}); install the extra: pip install 'declip-trainer[mpi]'"
+        ) from None
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = os.environ.get("MASTER_ADDR") or _own_address()
+    port = os.environ.get("MASTER_PORT") or str(_free_port())
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast((address, port), root=0)
+    return _export("mpirun", world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size())
+
+
+def _local_size() -> int:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        value = os.environ.get(name, "")
+        # SLURM writes "4(x2),3"; the first number is the fullest node's.
+        digits = value.split("(")[0].split(",")[0]
+        if digits.isdigit():
+            return int(digits)
+    return 1
+
+
+def _slurm_first_address() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    hosts = _scontrol("show", "hostnames", nodes).split()
+    if not hosts:
+        raise ConfigError("srun gave no node list (SLURM_JOB_NODELIST); set MASTER_ADDR to the first node's address")
+    try:
+        socket.getaddrinfo(hosts[0], None)
+        return hosts[0]
+    except OSError:
+        # Clusters without name service know the address all the same.
+        for field in _scontrol("show", "node", hosts[0]).split():
+            if field.startswith("NodeAddr="):
+                return field.removeprefix("NodeAddr=")
+    raise ConfigError(f"node {hosts[0]} has no resolvable name; set MASTER_ADDR to the first node's address")
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"scontrol {' '.join(arguments)} failed ({error}); set MASTER_ADDR by hand") from None
+    return result.stdout
+
+
+def _port_of_job(job_id: str) -> int:
+    # Every rank derives the same port without talking; jobs that share a node get different ones.
+    return 20000 + int(job_id) % 20000
+
+
+def _own_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"environment variable {name} is {value!r}, expected an integer from the launcher") from None

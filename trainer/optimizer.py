@@ -1,0 +1,84 @@
+"""Parameter groups and the optimizer kernel."""
+
+import torch
+from torch import nn
+
+from models import BatchNorm
+from trainer.config import OptimizerConfig
+from trainer.errors import ConfigError
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, BatchNorm)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed weights, and everything that must not decay (norms, biases, temperatures).
+
+    Positional and class embeddings and the token table decay, as in DeCLIP's recipes. Temperatures share the second
+    group because a group of one element cannot be partitioned over ranks.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            exempt = isinstance(owner, _NORMS) or name.endswith("bias") or parameter.numel() == 1
+            (plain if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def kernel_name(config: OptimizerConfig, device: torch.device, offload: bool) -> str:
+    """What `optimizer.name: auto` means here: CPUAdam under offload, FusedAdam on CUDA, torch's fused AdamW on CPU.
+
+    The CPU default needs no compiler and resumes bitwise.
+    """
+    if config.name != "auto":
+        return config.name
+    if offload:
+        return "cpu_adam"
+    return "fused_adam" if device.type == "cuda" else "adamw"
+
+
+def build_optimizer(
+    groups: list[dict], config: OptimizerConfig, device: torch.device, offload: bool
+) -> torch.optim.Optimizer:
+    """The optimizer over `groups`.
+
+    Raises:
+        ConfigError: The kernel cannot run here (no CUDA, no compiler, apex not installed, wrong under offload).
+    """
+    name = kernel_name(config, device, offload)
+    adam = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if offload and name not in ("cpu_adam", "adamw"):
+        raise ConfigError(f"optimizer.name {name} cannot run with optimizer offload; use auto, cpu_adam or adamw")
+    if name in ("fused_adam", "apex_fused_adam") and device.type != "cuda":
+        raise ConfigError(f"optimizer.name {name} needs a CUDA device, this run is on {device.type}; use auto or adamw")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return _compiled_kernel(name, groups, adam)
+
+
+def _compiled_kernel(name: str, groups: list[dict], adam: dict) -> torch.optim.Optimizer:
+    try:
+        if name == "fused_adam":
+            from deepspeed.ops.adam import FusedAdam
+
+            return FusedAdam(groups, adam_w_mode=True, **adam)
+        if name == "cpu_adam":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
+        from apex.optimizers import FusedAdam as ApexFusedAdam
+
+        return ApexFusedAdam(groups, adam_w_mode=True, **adam)
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fix = (
+            "build NVIDIA apex from source (the PyPI package of that name is unrelated), see docs/clusters.md"
+            if name == "apex_fused_adam"
+            else "DeepSpeed compiles it on first use, which needs a C++ compiler and ninja"
+        )
+        raise ConfigError(f"optimizer.name {name} is not available ({reason}): {fix}; or use adamw") from None
