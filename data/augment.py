@@ -1,0 +1,243 @@
+"""Random image views. Every random number comes from the generator that the caller keyed by sample and view."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional
+
+from data.decode import EncodedImage
+from data.errors import DataError
+
+__all__ = ["AUGMENTATIONS", "ImageAugmentation", "eval_view", "random_views"]
+
+Box = tuple[int, int, int, int]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# JPEG may be decoded smaller as long as every crop keeps this many times the output resolution; what is left is resized
+# with the proper filter, so the views differ from a full decode by less than the JPEG's own noise.
+_DECODE_MARGIN = 2.0
+# Pillow box-averages down to this many times the output size first: a common compromise of its own thumbnail().
+_REDUCING_GAP = 3.0
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Parameters of one image view; the defaults take the centre square as it is.
+
+    Order: random resized crop, rotation and shift, colour jitter (its four changes in random order), grayscale, blur,
+    flip. Colour factors and hue follow torchvision's ColorJitter.
+
+    Args:
+        crop_scale: Range of the crop's area as a share of the image, within (0, 1].
+        crop_ratio: Range of the crop's width / height, drawn log-uniformly.
+        interpolation: Filter of the resize.
+        rotation: Largest rotation to either side, in degrees; corners are filled with the view's top-left colour.
+        shift: Largest shift along each axis, as a share of the output size.
+        brightness: Brightness factor is drawn from [1 - x, 1 + x]; likewise contrast and saturation.
+        contrast: See brightness.
+        saturation: See brightness.
+        hue: Hue is turned by up to this share of the colour circle, 0 to 0.5.
+        jitter_probability: Chance that the four colour changes are applied at all.
+        grayscale_probability: Chance of dropping the colour.
+        blur_probability: Chance of a Gaussian blur.
+        blur_sigma: Range of its standard deviation in output pixels.
+        flip_probability: Chance of a horizontal flip.
+
+    Raises:
+        DataError: A value out of its range.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    rotation: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    jitter_probability: float = 0.0
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range("crop_scale", self.crop_scale, 1.0)
+        _check_range("crop_ratio", self.crop_ratio, math.inf)
+        _check_range("blur_sigma", self.blur_sigma, math.inf)
+        limits = {"rotation": 180.0, "hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
+        shares = ("shift", "jitter_probability", "grayscale_probability", "blur_probability", "flip_probability")
+        for name, limit in (limits | dict.fromkeys(shares, 1.0)).items():
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise DataError(f"image augmentation: {name} is {value}, expected a number from 0 to {limit:g}")
+        if self.interpolation not in _RESAMPLING:
+            raise DataError(
+                f"image augmentation: interpolation is {self.interpolation!r}, expected one of {', '.join(_RESAMPLING)}"
+            )
+
+    def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        """Draws the crop (left, top, right, bottom) in a picture of size (width, height)."""
+        width, height = size
+        low, high = np.log(self.crop_ratio)
+        for _ in range(_CROP_ATTEMPTS):
+            area = width * height * rng.uniform(*self.crop_scale)
+            ratio = math.exp(rng.uniform(low, high))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(rng.integers(width - crop_width + 1))
+                top = int(rng.integers(height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        return _centre_box(size, self.crop_ratio)
+
+    def distort(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Applies everything after the crop to an RGB picture of the output size."""
+        image = self._move(image, rng)
+        if self.jitter_probability and rng.random() < self.jitter_probability:
+            image = self._jitter(image, rng)
+        if self.grayscale_probability and rng.random() < self.grayscale_probability:
+            image = functional.rgb_to_grayscale(image, num_output_channels=3)
+        if self.blur_probability and rng.random() < self.blur_probability:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*self.blur_sigma)))
+        if self.flip_probability and rng.random() < self.flip_probability:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def _move(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if not self.rotation and not self.shift:
+            return image
+        angle = rng.uniform(-self.rotation, self.rotation)
+        offset = tuple(rng.uniform(-self.shift, self.shift, size=2) * image.size)
+        background = image.getpixel((0, 0))
+        return image.rotate(angle, Image.Resampling.BICUBIC, translate=offset, fillcolor=background)
+
+    def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        changes = (
+            (functional.adjust_brightness, _factor(self.brightness, rng)),
+            (functional.adjust_contrast, _factor(self.contrast, rng)),
+            (functional.adjust_saturation, _factor(self.saturation, rng)),
+            (functional.adjust_hue, rng.uniform(-self.hue, self.hue)),
+        )
+        neutral = (1.0, 1.0, 1.0, 0.0)
+        for index in rng.permutation(len(changes)):
+            change, amount = changes[index]
+            if amount != neutral[index]:
+                image = change(image, amount)
+        return image
+
+
+def random_views(
+    encoded: EncodedImage,
+    augmentations: tuple[ImageAugmentation, ...],
+    generators: list[np.random.Generator],
+    image_size: int,
+) -> np.ndarray:
+    """Decodes a picture once and draws all its views.
+
+    Args:
+        encoded: The checked picture.
+        augmentations: One per view.
+        generators: One keyed generator per view.
+        image_size: Side of the square output in pixels.
+
+    Returns:
+        uint8 [V, 3, image_size, image_size].
+
+    Raises:
+        BadSample: Truncated or damaged picture.
+    """
+    pairs = list(zip(augmentations, generators, strict=True))
+    boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
+    smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+    image = encoded.decode(shrink=smallest / (_DECODE_MARGIN * image_size))
+    horizontal, vertical = image.width / encoded.size[0], image.height / encoded.size[1]
+    views = np.empty((len(pairs), 3, image_size, image_size), dtype=np.uint8)
+    for view, (augmentation, rng), (left, top, right, bottom) in zip(views, pairs, boxes, strict=True):
+        box = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+        filter_ = _RESAMPLING[augmentation.interpolation]
+        resized = image.resize((image_size, image_size), filter_, box=box, reducing_gap=_REDUCING_GAP)
+        view[:] = np.asarray(augmentation.distort(resized, rng)).transpose(2, 0, 1)
+    return views
+
+
+def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarray:
+    """Resizes the shorter side (bicubic) and crops the centre, in one step and without the enlarged intermediate.
+
+    Args:
+        image: RGB picture, fully decoded.
+        image_size: Side of the square output in pixels.
+        resize_size: What the shorter side is resized to, at least image_size.
+
+    Returns:
+        uint8 [3, image_size, image_size], equal to torchvision's Resize and CenterCrop.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    # torchvision truncates the longer side to whole pixels, so the two axes are scaled slightly differently.
+    resized = (int(resize_size * width / shorter), int(resize_size * height / shorter))
+    scales = (width / resized[0], height / resized[1])
+    left, top = (round((side - image_size) / 2) for side in resized)
+    box = (
+        left * scales[0],
+        top * scales[1],
+        min(width, (left + image_size) * scales[0]),
+        min(height, (top + image_size) * scales[1]),
+    )
+    view = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+
+
+def _centre_box(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
+    width, height = size
+    crop_width = min(width, round(height * ratio[1]))
+    crop_height = min(height, round(width / ratio[0]))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + max(1, crop_width), top + max(1, crop_height)
+
+
+def _factor(strength: float, rng: np.random.Generator) -> float:
+    return rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
+
+
+def _check_range(name: str, value: tuple[float, float], limit: float) -> None:
+    low, high = value
+    if not 0 < low <= high <= limit:
+        raise DataError(f"image augmentation: {name} is {value}, expected 0 < low <= high <= {limit:g}")
+
+
+AUGMENTATIONS = {
+    "none": ImageAugmentation(),
+    # The single view of plain CLIP and SLIP's base view.
+    "clip": ImageAugmentation(crop_scale=(0.5, 1.0), crop_ratio=(3 / 4, 4 / 3)),
+    # Both views of DeCLIP, SLIP's two augmented views (Chen et al. 2020, MoCo v2).
+    "moco_v2": ImageAugmentation(
+        crop_scale=(0.2, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        jitter_probability=0.8,
+        grayscale_probability=0.2,
+        blur_probability=0.5,
+        flip_probability=0.5,
+    ),
+    # Captions of symbols name colours, sides and directions: no flip, no hue, no grayscale, no strong crop or rotation.
+    "glyph": ImageAugmentation(
+        crop_scale=(0.8, 1.0),
+        crop_ratio=(0.85, 1.18),
+        rotation=8.0,
+        shift=0.06,
+        brightness=0.3,
+        contrast=0.4,
+        jitter_probability=0.8,
+        blur_probability=0.3,
+        blur_sigma=(0.1, 0.8),
+    ),
+}

@@ -1,0 +1,50 @@
+"""Random masking of token ids for masked language modelling."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["MaskedTokens", "mask_tokens"]
+
+_MASKED_SHARE = 0.8
+_REPLACED_SHARE = 0.1
+
+
+class MaskedTokens(NamedTuple):
+    """A masked caption.
+
+    Attributes:
+        token_ids: the ids with some replaced; same length, SOT and EOT untouched.
+        positions: ascending positions that were selected.
+        targets: the original ids there.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    targets: list[int]
+
+
+def mask_tokens(
+    token_ids: list[int], rng: np.random.Generator, *, mask_id: int, probability: float = 0.15
+) -> MaskedTokens:
+    """Selects tokens at random; 80 % of them become the mask id, 10 % a random id, 10 % stay.
+
+    Args:
+        token_ids: ids of one caption with SOT and EOT, without padding.
+        rng: keyed generator of this sample and view.
+        mask_id: id of the mask token, the lowest special id: ids from it upwards are never selected nor drawn.
+        probability: chance of each text token to be selected, 0 to 1.
+
+    Source paper: Devlin et al. 2019 (BERT), section 3.1, as used by Li et al. 2022 (DeCLIP). Deviation: special ids are
+    not drawn as replacements, because an EOT before the real one would move the pooled position.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    # One uniform number per token decides both questions: the selected interval is cut into 80, 10 and 10 percent.
+    draws = rng.random(len(ids))
+    random_ids = rng.integers(mask_id, size=len(ids))
+    selected = (draws < probability) & (ids < mask_id)
+    masked_below = _MASKED_SHARE * probability
+    replaced_below = (_MASKED_SHARE + _REPLACED_SHARE) * probability
+    edited = np.where(draws < masked_below, mask_id, np.where(draws < replaced_below, random_ids, ids))
+    positions = np.flatnonzero(selected)
+    return MaskedTokens(np.where(selected, edited, ids).tolist(), positions.tolist(), ids[positions].tolist())

@@ -1,0 +1,169 @@
+"""From one stored sample to the views a method trains on; runs in loader workers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
+from data.decode import DEFAULT_MAX_PIXELS, check_max_pixels, open_image
+from data.eda import Eda, load_synonyms
+from data.errors import BadSample, DataError
+from data.mlm import mask_tokens
+from data.rng import keyed_rng
+from data.tokenizer import ClipTokenizer
+
+__all__ = ["TEXT_VIEWS", "EvalTransform", "SampleTransform", "SampleViews"]
+
+TEXT_VIEWS = ("original", "eda", "masked")
+
+
+class SampleViews(NamedTuple):
+    """The views of one sample.
+
+    Attributes:
+        images: uint8 [V, 3, H, W].
+        token_ids: K lists of ids, SOT and EOT included, without padding.
+        mlm_positions: Selected positions in the "masked" view; empty without one.
+        mlm_targets: Original ids there.
+    """
+
+    images: np.ndarray
+    token_ids: list[list[int]]
+    mlm_positions: list[int]
+    mlm_targets: list[int]
+
+
+class SampleTransform:
+    """Decodes a picture, draws its views, and encodes the views of one of its captions.
+
+    Args:
+        tokenizer: Caption tokenizer; it needs a mask token for a "masked" view.
+        image_views: One augmentation, or its name in `AUGMENTATIONS`, per image view.
+        text_views: Each "original", "eda" (one edited word-level copy) or "masked" (ids masked for MLM, at most once).
+        image_size: Side of the square views in pixels.
+        mask_probability: Chance of each token of the masked view to be selected.
+        synonyms_path: Table for the "eda" view, see `data.eda.load_synonyms`.
+        max_image_pixels: Larger pictures are bad samples.
+        max_caption_chars: Longer captions are cut before any other work.
+
+    Raises:
+        DataError: An unknown view, a missing mask token, or a limit out of range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ClipTokenizer,
+        image_views: tuple[ImageAugmentation | str, ...],
+        text_views: tuple[str, ...],
+        image_size: int,
+        mask_probability: float = 0.15,
+        synonyms_path: Path | str | None = None,
+        max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        max_caption_chars: int = 4096,
+    ):
+        check_max_pixels(max_image_pixels)
+        _check_text_views(text_views, tokenizer)
+        if not 0 <= mask_probability <= 1:
+            raise DataError(f"mask_probability is {mask_probability}, expected a number from 0 to 1")
+        self.tokenizer = tokenizer
+        self.image_views = tuple(map(_augmentation, image_views))
+        self.text_views = tuple(text_views)
+        self.image_size = image_size
+        self.mask_probability = mask_probability
+        self.max_image_pixels = max_image_pixels
+        self.max_caption_chars = max_caption_chars
+        synonyms = load_synonyms(synonyms_path) if synonyms_path is not None else None
+        self._eda = Eda(synonyms) if "eda" in text_views else None
+
+    def __call__(self, image_bytes: bytes, captions: list[str], key: tuple[int | str, ...]) -> SampleViews:
+        """Makes the views of one sample.
+
+        Args:
+            image_bytes: The picture as stored: JPEG, PNG or WebP.
+            captions: Its captions; all text views use the same one, drawn by the key.
+            key: (seed, source, epoch, sample): with the view it decides every random number.
+
+        Raises:
+            BadSample: A picture that cannot be decoded, or no caption.
+        """
+        if not captions:
+            raise BadSample("sample has no caption")
+        encoded = open_image(image_bytes, self.max_image_pixels)
+        generators = [keyed_rng(*key, "image", view) for view in range(len(self.image_views))]
+        images = random_views(encoded, self.image_views, generators, self.image_size)
+        caption = captions[0]
+        if len(captions) > 1:
+            caption = captions[keyed_rng(*key, "caption").integers(len(captions))]
+        return self._text_views(images, caption[: self.max_caption_chars], key)
+
+    def _text_views(self, images: np.ndarray, caption: str, key: tuple[int | str, ...]) -> SampleViews:
+        original = self.tokenizer.encode(caption)
+        views = SampleViews(images, [], [], [])
+        for view, kind in enumerate(self.text_views):
+            if kind == "original":
+                views.token_ids.append(original)
+                continue
+            rng = keyed_rng(*key, "text", view)
+            if kind == "eda":
+                views.token_ids.append(self.tokenizer.encode(self._eda(caption, rng)))
+                continue
+            masked = mask_tokens(original, rng, mask_id=self.tokenizer.mask_id, probability=self.mask_probability)
+            views.token_ids.append(masked.token_ids)
+            views.mlm_positions.extend(masked.positions)
+            views.mlm_targets.extend(masked.targets)
+        return views
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Decodes a picture, resizes its shorter side (bicubic) and crops the centre.
+
+    Args:
+        image_size: Side of the square output in pixels.
+        resize_size: What the shorter side is resized to first; image_size by default (DeCLIP: 256 for 224).
+        max_image_pixels: Larger pictures are bad samples.
+
+    Raises:
+        DataError: A size or limit out of range.
+    """
+
+    image_size: int
+    resize_size: int | None = None
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        check_max_pixels(self.max_image_pixels)
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise DataError(f"resize_size is {self.resize_size}, expected at least image_size {self.image_size}")
+
+    def __call__(self, image_bytes: bytes) -> np.ndarray:
+        """Returns the picture as uint8 [3, image_size, image_size].
+
+        Args:
+            image_bytes: The picture as stored: JPEG, PNG or WebP.
+
+        Raises:
+            BadSample: A picture that cannot be decoded.
+        """
+        image = open_image(image_bytes, self.max_image_pixels).decode()
+        return eval_view(image, self.image_size, self.resize_size or self.image_size)
+
+
+def _augmentation(view: ImageAugmentation | str) -> ImageAugmentation:
+    if isinstance(view, ImageAugmentation):
+        return view
+    if view not in AUGMENTATIONS:
+        raise DataError(f"unknown image view {view!r}; expected one of {', '.join(AUGMENTATIONS)}")
+    return AUGMENTATIONS[view]
+
+
+def _check_text_views(text_views: tuple[str, ...], tokenizer: ClipTokenizer) -> None:
+    unknown = [view for view in text_views if view not in TEXT_VIEWS]
+    if unknown:
+        raise DataError(f"unknown text view {unknown[0]!r}; expected some of {', '.join(TEXT_VIEWS)}")
+    if text_views.count("masked") > 1:
+        raise DataError("text_views has 'masked' more than once; masked language modelling trains on one view")
+    if "masked" in text_views and tokenizer.mask_id is None:
+        raise DataError("a 'masked' text view needs a tokenizer with mask_token=True")
