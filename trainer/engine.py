@@ -1,0 +1,176 @@
+"""The DeepSpeed engine behind four verbs: forward, backward, step, project."""
+
+import datetime
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.config import RunConfig
+from trainer.ds_config import ResolvedDeepSpeed
+from trainer.errors import ConfigError
+from trainer.launch import Place
+from trainer.methods.base import BoundedParameter, Method
+from trainer.optimizer import build_optimizer, parameter_groups
+
+
+def select_device(requested: str, place: Place) -> torch.device:
+    """The device of this rank: one GPU per local rank, or the CPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there, or there are more local ranks than GPUs.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise ConfigError("train.device is cuda but torch sees no GPU; use --train.device cpu or auto")
+    if requested == "cpu" or not available:
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {place.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "start one rank per GPU or use --train.device cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def init_distributed(device: torch.device, place: Place, timeout_minutes: float = 30.0) -> None:
+    """Start torch's process group through DeepSpeed, for NCCL or gloo."""
+    # Chosen before the import: DeepSpeed picks its accelerator while it is imported.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # A shared-memory op only inference uses; building it would need a compiler and most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+class Engine:
+    """One method under DeepSpeed, with the same behaviour at ZeRO 0 to 3.
+
+    Attributes:
+        deepspeed: The wrapped DeepSpeedEngine.
+        method: The module inside it.
+        stage: ZeRO stage.
+        parameter_names: Names of the trained parameters by optimizer group, in the optimizer's order.
+        parameter_shapes: Their full shapes.
+    """
+
+    def __init__(self, method: Method, config: RunConfig, resolved: ResolvedDeepSpeed, device: torch.device) -> None:
+        import deepspeed
+
+        self.device = device
+        self.stage = resolved.stage
+        self.offload = resolved.offload_optimizer
+        self.clip = config.optimizer.gradient_clipping
+        groups = parameter_groups(method, config.optimizer.weight_decay)
+        names = {id(parameter): name for name, parameter in method.named_parameters()}
+        self.parameter_names = [[names[id(p)] for p in group["params"]] for group in groups]
+        self.parameter_shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
+        optimizer = build_optimizer(groups, config.optimizer, device, self.offload)
+        tree = dict(resolved.config)
+        if self.offload and config.optimizer.name == "adamw":
+            tree["zero_force_ds_cpu_optimizer"] = False
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=tree)
+        self.method: Method = self.deepspeed.module
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The torch-style optimizer that holds the moments."""
+        return self.optimizer.optimizer if self.stage else self.optimizer
+
+    def __call__(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Run one phase of the method's forward."""
+        return self.deepspeed(phase, inputs)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate gradients; `last` marks the backward pass after which `step` follows."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
+
+    def loss_scale(self) -> float:
+        """The factor the next backward multiplies the loss by (1 unless fp16)."""
+        scaler = self.grad_scaler()
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The fp16 gradient scaler, wherever the stage keeps it."""
+        if self.stage == 0:
+            return self.deepspeed.torch_autocast_z0_gradscaler
+        return self.optimizer.torch_autocast_gradscaler
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set every group's rate for the next step."""
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> tuple[bool, float]:
+        """Take the optimizer step unless a gradient is not finite; every rank decides the same.
+
+        Returns:
+            Whether the step was applied, and the global gradient norm before clipping.
+        """
+        if self.stage == 0:
+            return self._step_unsharded()
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return self.deepspeed.was_step_applied(), math.nan if norm is None else float(norm)
+
+    def _step_unsharded(self) -> tuple[bool, float]:
+        # ZeRO 0 has no finite check of its own. The gradients are already averaged, so all ranks see the same norm.
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale()
+        if math.isfinite(norm) or self.grad_scaler() is not None:
+            self.deepspeed.step()
+            return math.isfinite(norm), norm
+        self.deepspeed.zero_grad()
+        self.deepspeed.micro_steps += 1
+        self.deepspeed.global_steps += 1
+        self.deepspeed.skipped_steps += 1
+        return False, norm
+
+    @torch.no_grad()
+    def project(self, bounded: list[BoundedParameter]) -> None:
+        """Project temperatures onto their bounds, in the fp32 master and in the working copy, on all ranks.
+
+        Clamping only the parameter is undone by the next step, which starts from the master.
+        """
+        for entry in bounded:
+            parameter, low, high = entry.parameter, entry.low, entry.high
+            if self.stage == 3:
+                self._project_partitioned(parameter, low, high)
+                continue
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                mapping.get_hp_fragment().clamp_(low, high)
+            parameter.data.clamp_(low, high)
+
+    def _project_partitioned(self, parameter: torch.nn.Parameter, low: float, high: float) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.clamp_(low, high)
+
+    def broadcast_buffers(self) -> None:
+        """Give every rank rank 0's buffers; DeepSpeed broadcasts parameters only."""
+        if dist.get_world_size() > 1:
+            for buffer in self.method.buffers():
+                dist.broadcast(buffer, src=0)
