@@ -1,0 +1,131 @@
+"""CLIP's vision transformer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.transformer import Linear, Transformer
+
+
+class VisionTransformer(nn.Module):
+    """Image tower: patch embedding, class token, pre-norm transformer, projection of the class token.
+
+    Initial weights follow OpenAI's CLIP: embeddings and projection normal with std width^-0.5, torch's defaults
+    elsewhere.
+
+    Args:
+        image_size: Side of the square input in pixels, a multiple of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        width: Width of the transformer.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        embed_dim: Width of the output.
+        freeze_patch_embed: Leave the patch embedding at its random start.
+        patch_dropout: Fraction of patches left out in training, in [0, 1).
+        activation_checkpointing: Recompute the blocks' activations in the backward.
+
+    Raises:
+        ValueError: If the sizes do not divide, or `patch_dropout` is out of range.
+
+    Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; frozen patch
+    embedding: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers"; patch dropout:
+    Li et al. 2023, "Scaling Language-Image Pre-training via Masking".
+    """
+
+    has_batch_norm = False
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        freeze_patch_embed: bool = False,
+        patch_dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if image_size < patch_size or image_size % patch_size:
+            below = max(1, image_size // patch_size) * patch_size
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}; "
+                f"use {below} or {below + patch_size}"
+            )
+        if not 0 <= patch_dropout < 1:
+            raise ValueError(f"patch_dropout {patch_dropout} is out of range; use a fraction in [0, 1), 0 for none")
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.num_patches = (image_size // patch_size) ** 2
+        self.num_kept_patches = max(1, round(self.num_patches * (1 - patch_dropout)))
+        std = width**-0.5
+        # A linear layer on unfolded patches is the strided convolution, and spends nothing on dropped patches.
+        self.patch_embed = Linear(3 * patch_size**2, width, bias=False)
+        self.patch_embed.requires_grad_(not freeze_patch_embed)
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.num_patches, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width, layers, heads, causal=False, activation_checkpointing=activation_checkpointing
+        )
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = Linear(width, embed_dim, bias=False, weight_std=std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encodes images; views of one sample may be stacked along the first dimension.
+
+        Args:
+            images: float [n, 3, image_size, image_size], normalised.
+
+        Returns:
+            [n, embed_dim], not normalised.
+
+        Raises:
+            ValueError: On images of another size.
+        """
+        check_image_shape(images, self.image_size)
+        patches = unfold_patches(images.to(self.patch_embed.weight.dtype), self.patch_size)
+        class_position, patch_positions = self.positional_embedding.split([1, self.num_patches])
+        if self.training and self.num_kept_patches < self.num_patches:
+            kept = self._draw_kept_patches(patches)
+            patches = patches.take_along_dim(kept[..., None], dim=1)
+            patch_positions = F.embedding(kept, patch_positions)
+        tokens = self.patch_embed(patches) + patch_positions
+        class_token = (self.class_embedding + class_position).expand(len(images), 1, -1)
+        tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
+        class_index = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        tokens = self.transformer(tokens, class_index)
+        return self.proj(self.ln_post(tokens[:, 0]))
+
+    def _draw_kept_patches(self, patches: Tensor) -> Tensor:
+        """Uniform random subset of patches per image, int64 [n, num_kept_patches], from torch's generator."""
+        scores = torch.rand(patches.shape[:2], device=patches.device)
+        return scores.topk(self.num_kept_patches, dim=1).indices
+
+
+def unfold_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cuts images into patches in row-major order.
+
+    Args:
+        images: [n, 3, H, W], sides multiples of `patch_size`.
+        patch_size: Side of a patch.
+
+    Returns:
+        [n, H * W / patch_size^2, 3 * patch_size^2], pixels of a patch in the order channel, row, column.
+    """
+    num_images, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    blocks = images.reshape(num_images, channels, rows, patch_size, columns, patch_size)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(num_images, rows * columns, channels * patch_size**2)
+
+
+def check_image_shape(images: Tensor, image_size: int) -> None:
+    """Raises ValueError unless `images` is [n, 3, image_size, image_size]."""
+    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; expected [n, 3, {image_size}, {image_size}]: "
+            f"resize them or build the model with another image_size"
+        )
