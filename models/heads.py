@@ -1,0 +1,87 @@
+"""Heads of DeCLIP's self-supervised terms."""
+
+from torch import Tensor, nn
+
+from models.batch_norm import BatchNorm, check_batch_norm_mode
+
+
+class SimSiamHead(nn.Module):
+    """Projector and predictor of SimSiam on image features.
+
+    Args:
+        in_dim: Width of the features.
+        hidden_dim: Width of the projector's hidden layers.
+        out_dim: Width of projection and prediction.
+        predictor_dim: Width of the predictor's bottleneck.
+        batch_norm: "sync" for statistics over all ranks, "local" for those of this rank. Always per view.
+
+    Raises:
+        ValueError: On another `batch_norm`.
+
+    Source: Chen and He 2021, "Exploring Simple Siamese Representation Learning"; sizes from Li et al. 2021,
+    "Supervision Exists Everywhere", whose projector ends in an affine batch norm and normalises per rank.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int = 1024,
+        out_dim: int = 1024,
+        predictor_dim: int = 512,
+        *,
+        batch_norm: str = "sync",
+    ):
+        super().__init__()
+        sync = check_batch_norm_mode(batch_norm)
+        self.projector = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            BatchNorm(hidden_dim, sync=sync),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            BatchNorm(hidden_dim, sync=sync),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+            BatchNorm(out_dim, sync=sync),
+        )
+        self.predictor = nn.Sequential(
+            nn.Linear(out_dim, predictor_dim),
+            BatchNorm(predictor_dim, sync=sync),
+            nn.ReLU(),
+            nn.Linear(predictor_dim, out_dim),
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects and predicts all views at once; no view sees the statistics of another.
+
+        Args:
+            features: [V, n, in_dim] image features before their normalisation.
+
+        Returns:
+            Projections z and predictions p, each [V, n, out_dim], not normalised and not detached.
+
+        Raises:
+            ValueError: If `features` is not three-dimensional.
+        """
+        if features.ndim != 3:
+            raise ValueError(f"features have shape {tuple(features.shape)}; expected [V, n, in_dim], views first")
+        projections = self.projector(features.to(self.projector[0].weight.dtype))
+        return projections, self.predictor(projections)
+
+
+class MlmHead(nn.Module):
+    """Predicts masked tokens from text states with one linear layer, not tied to the token table.
+
+    Args:
+        width: Width of the text tower.
+        vocab_size: Number of token ids.
+
+    Source: Li et al. 2021, "Supervision Exists Everywhere".
+    """
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.decoder = nn.Linear(width, vocab_size)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Maps the states of the masked positions only, [n, width] with n >= 0, to logits [n, vocab_size]."""
+        return self.decoder(rows.to(self.decoder.weight.dtype))
