@@ -1,0 +1,208 @@
+"""Named architectures and how to build them."""
+
+import difflib
+from dataclasses import dataclass
+
+from torch import nn
+
+from models.batch_norm import check_batch_norm_mode
+from models.clip import ClipModel
+from models.resnet import EXPANSION, ModifiedResNet
+from models.text import TextTransformer
+from models.timm_tower import TimmTower
+from models.vit import VisionTransformer
+
+TIMM_PREFIX = "timm:"
+HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Vision transformer with heads of width 64."""
+
+    patch_size: int
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Modified ResNet; `width` is the number of channels after the stem."""
+
+    layers: tuple[int, int, int, int]
+    width: int
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """Backbone by its timm name."""
+
+    model_name: str
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text transformer with heads of width 64."""
+
+    width: int = 512
+    layers: int = 12
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a model.
+
+    Args:
+        image: Image tower.
+        image_size: Side of the square input in pixels; None means the default of the timm backbone.
+        embed_dim: Width of the shared space.
+        text: Text tower.
+    """
+
+    image: VitConfig | ResNetConfig | TimmConfig
+    image_size: int | None = 224
+    embed_dim: int = 512
+    text: TextConfig = TextConfig()
+
+
+_SMALL_TEXT = TextConfig(width=256, layers=4)
+_NANO_TEXT = TextConfig(width=128, layers=4)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "vit_b32": Architecture(VitConfig(32, 768, 12)),
+    "vit_b16": Architecture(VitConfig(16, 768, 12)),
+    "vit_l14": Architecture(VitConfig(14, 1024, 24), embed_dim=768, text=TextConfig(768)),
+    "vit_s16": Architecture(VitConfig(16, 384, 12)),
+    "vit_s32": Architecture(VitConfig(32, 384, 12)),
+    "vit_ti16": Architecture(VitConfig(16, 192, 12)),
+    "rn50": Architecture(ResNetConfig((3, 4, 6, 3), 64), embed_dim=1024),
+    "rn101": Architecture(ResNetConfig((3, 4, 23, 3), 64)),
+    "rn50x4": Architecture(ResNetConfig((4, 6, 10, 6), 80), image_size=288, embed_dim=640, text=TextConfig(640)),
+    "rn50x16": Architecture(ResNetConfig((6, 8, 18, 8), 96), image_size=384, embed_dim=768, text=TextConfig(768)),
+    "rn50x64": Architecture(ResNetConfig((3, 15, 36, 10), 128), image_size=448, embed_dim=1024, text=TextConfig(1024)),
+    "regnety_640": Architecture(TimmConfig("regnety_640"), embed_dim=1024),
+    # For images of 32 or 64 pixels: name, patch size where there is one, image size.
+    "vit_ti_p4_32": Architecture(VitConfig(4, 192, 6), image_size=32, embed_dim=256, text=_SMALL_TEXT),
+    "vit_ti_p8_32": Architecture(VitConfig(8, 192, 6), image_size=32, embed_dim=256, text=_SMALL_TEXT),
+    "vit_ti_p8_64": Architecture(VitConfig(8, 192, 6), image_size=64, embed_dim=256, text=_SMALL_TEXT),
+    "vit_nano_p4_32": Architecture(VitConfig(4, 128, 4), image_size=32, embed_dim=128, text=_NANO_TEXT),
+    "vit_nano_p8_32": Architecture(VitConfig(8, 128, 4), image_size=32, embed_dim=128, text=_NANO_TEXT),
+    "vit_nano_p8_64": Architecture(VitConfig(8, 128, 4), image_size=64, embed_dim=128, text=_NANO_TEXT),
+    "rn_nano_32": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=32, embed_dim=128, text=_NANO_TEXT),
+    "rn_nano_64": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=64, embed_dim=128, text=_NANO_TEXT),
+}
+
+
+def list_architectures() -> list[str]:
+    """Returns the names that `build_model` knows, besides "timm:<name>" for any timm architecture."""
+    return list(ARCHITECTURES)
+
+
+def find_architecture(name: str) -> Architecture:
+    """Looks up an architecture.
+
+    Args:
+        name: A key of `ARCHITECTURES`, or "timm:<name>" for a timm backbone with the default text tower.
+
+    Returns:
+        Its sizes.
+
+    Raises:
+        ValueError: On an unknown name.
+    """
+    if name.startswith(TIMM_PREFIX):
+        return Architecture(TimmConfig(name.removeprefix(TIMM_PREFIX)), image_size=None)
+    if name not in ARCHITECTURES:
+        close = difflib.get_close_matches(name, ARCHITECTURES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(ARCHITECTURES)}"
+        raise ValueError(f"unknown model {name!r}; {hint} (timm backbones: {TIMM_PREFIX}<name>)")
+    return ARCHITECTURES[name]
+
+
+def build_model(
+    name: str,
+    *,
+    vocab_size: int,
+    context_length: int = 77,
+    embed_dim: int | None = None,
+    image_size: int | None = None,
+    text_projection_bias: bool = False,
+    freeze_patch_embed: bool = False,
+    activation_checkpointing: bool = False,
+    patch_dropout: float = 0.0,
+    batch_norm: str = "sync",
+) -> ClipModel:
+    """Builds a randomly initialised model, drawing from torch's generator.
+
+    Args:
+        name: A key of `ARCHITECTURES`, or "timm:<name>".
+        vocab_size: Number of token ids.
+        context_length: Longest caption in tokens.
+        embed_dim: Width of the shared space; None means the architecture's own.
+        image_size: Side of the square input in pixels; None means the architecture's own.
+        text_projection_bias: Add a bias to the text projection, as DeCLIP does.
+        freeze_patch_embed: Leave the patch embedding of a vision transformer at its random start.
+        activation_checkpointing: Recompute activations in the backward to save memory.
+        patch_dropout: Fraction of the patches that a vision transformer leaves out in training, in [0, 1).
+        batch_norm: "sync" for batch statistics over all ranks, "local" for those of one rank. No effect on towers
+            without batch norm.
+
+    Returns:
+        The model in fp32.
+
+    Raises:
+        ValueError: On an unknown name, a size that does not fit, or a setting that the image tower does not have.
+    """
+    architecture = find_architecture(name)
+    embed_dim = embed_dim or architecture.embed_dim
+    image_tower = _build_image_tower(
+        architecture.image,
+        freeze_patch_embed=freeze_patch_embed,
+        patch_dropout=patch_dropout,
+        sync_batch_norm=check_batch_norm_mode(batch_norm),
+        image_size=image_size or architecture.image_size,
+        embed_dim=embed_dim,
+        activation_checkpointing=activation_checkpointing,
+    )
+    text_tower = TextTransformer(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        width=architecture.text.width,
+        layers=architecture.text.layers,
+        heads=architecture.text.width // HEAD_WIDTH,
+        embed_dim=embed_dim,
+        projection_bias=text_projection_bias,
+        activation_checkpointing=activation_checkpointing,
+    )
+    return ClipModel(image_tower, text_tower)
+
+
+def _build_image_tower(
+    config: VitConfig | ResNetConfig | TimmConfig,
+    *,
+    freeze_patch_embed: bool,
+    patch_dropout: float,
+    sync_batch_norm: bool,
+    **common,
+) -> nn.Module:
+    if isinstance(config, VitConfig):
+        return VisionTransformer(
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.width // HEAD_WIDTH,
+            freeze_patch_embed=freeze_patch_embed,
+            patch_dropout=patch_dropout,
+            **common,
+        )
+    if freeze_patch_embed or patch_dropout:
+        raise ValueError(
+            f"freeze_patch_embed={freeze_patch_embed} and patch_dropout={patch_dropout} need one of the vit_* models; "
+            f"turn them off for other image towers"
+        )
+    if isinstance(config, TimmConfig):
+        return TimmTower(config.model_name, sync_batch_norm=sync_batch_norm, **common)
+    heads = config.width * 8 * EXPANSION // HEAD_WIDTH
+    return ModifiedResNet(
+        layers=config.layers, width=config.width, heads=heads, sync_batch_norm=sync_batch_norm, **common
+    )
