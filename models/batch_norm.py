@@ -86,13 +86,16 @@ class BatchNorm(nn.Module):
 
     def _normalise_locally(self, x: Tensor) -> Tensor:
         dtype = self.running_mean.dtype
-        uses_buffers = not self.training or self._tracks_this_forward()
-        if self.training and uses_buffers:
+        mean, var = self.running_mean, self.running_var
+        if self.training and self._tracks_this_forward():
             self.num_batches_tracked.add_(1)
+        elif self.training:
+            # Not None: a recomputation must save as many tensors for the backward as the first forward did.
+            mean, var = mean.clone(), var.clone()
         return F.batch_norm(
             x,
-            self.running_mean if uses_buffers else None,
-            self.running_var if uses_buffers else None,
+            mean,
+            var,
             self.weight.to(dtype),
             self.bias.to(dtype),
             training=self.training,
