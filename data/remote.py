@@ -1,0 +1,287 @@
+"""Remote shards: fetched whole into a bounded folder that all ranks and workers of a node share.
+
+A shard is a local file once it is here, so random access, the index and the order work as for local data. Files appear
+by rename, complete or not at all; a lock file makes one process fetch what several want; the least recently used files
+go first when the folder is full. A file that is removed while open stays readable for whoever has it open.
+"""
+
+import hashlib
+import http.client
+import os
+import random
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from data.cache import atomic_path
+from data.errors import DataError
+
+DEFAULT_CACHE_BYTES = 100 << 30
+_CHUNK = 1 << 20
+_LOCK_FILES = 1024
+_PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410, 451})
+_REMEMBER_FAILURE_S = 120.0
+_MAX_BACKOFF_S = 30.0
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+
+
+class FetchError(Exception):
+    """A remote file could not be fetched.
+
+    Args:
+        reason: One line.
+        permanent: Whether trying again is pointless.
+        absent: Whether the server says that there is no such file.
+    """
+
+    def __init__(self, reason: str, *, permanent: bool = False, absent: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.permanent = permanent
+        self.absent = absent
+
+
+def display_name(shard: str) -> str:
+    """Returns the name of a shard for messages and records: URLs lose passwords, tokens and queries.
+
+    Args:
+        shard: Path, URL or `pipe:` command.
+    """
+    if shard.startswith("pipe:") or "://" not in shard:
+        return shard
+    parts = urllib.parse.urlsplit(shard)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+@dataclass
+class RemoteCache:
+    """Fetches remote files into a bounded folder.
+
+    Args:
+        folder: Where the files go; created when first used.
+        max_bytes: Total size that is kept; one file larger than that is still fetched.
+        allow_pipe: Whether `pipe:COMMAND` shards may run their shell command.
+        attempts: How often a fetch is tried, with growing pauses.
+        timeout_s: Longest silence of a server.
+        backoff_s: First pause; each next one is twice as long.
+    """
+
+    folder: Path
+    max_bytes: int = DEFAULT_CACHE_BYTES
+    allow_pipe: bool = False
+    attempts: int = 5
+    timeout_s: float = 60.0
+    backoff_s: float = 0.5
+    _failed: dict[str, tuple[float, FetchError]] = field(default_factory=dict, repr=False)
+
+    def path(self, url: str) -> Path:
+        """Returns where a URL is kept, fetched or not."""
+        digest = hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+        return self.folder / f"{digest}.shard"
+
+    def fetch(self, url: str) -> Path:
+        """Makes sure that a file is here, and marks it as recently used.
+
+        Args:
+            url: http(s), any scheme fsspec knows, or `pipe:COMMAND`.
+
+        Returns:
+            Its path; another process may evict it at any time, so prefer `open`.
+
+        Raises:
+            FetchError: If it cannot be fetched. The failure is remembered for two minutes, so that the samples of a
+                lost shard do not wait one by one.
+            DataError: If the scheme needs a package or a permission that is missing, or the disk is full.
+        """
+        path = self.path(url)
+        if _touch(path):
+            return path
+        when, error = self._failed.get(url, (0.0, None))
+        if error is not None and time.monotonic() - when < _REMEMBER_FAILURE_S:
+            raise error
+        with self._lock(path.stem):
+            if not _touch(path):
+                try:
+                    self._fetch_with_retries(url, path)
+                except FetchError as failure:
+                    self._failed[url] = time.monotonic(), failure
+                    raise
+                self._failed.pop(url, None)
+        self._evict(keep=path)
+        return path
+
+    def open(self, url: str) -> BinaryIO:
+        """Opens a file, fetched first if need be.
+
+        Args:
+            url: See `fetch`.
+
+        Raises:
+            FetchError, DataError: See `fetch`.
+        """
+        for _ in range(10):
+            path = self.fetch(url)
+            try:
+                return path.open("rb", buffering=1 << 16)
+            except FileNotFoundError:
+                # Evicted between the two lines by another process.
+                continue
+        raise DataError(
+            f"{display_name(url)} is evicted from {self.folder} as soon as it is fetched; raise the cache limit above "
+            f"{self.max_bytes} bytes"
+        )
+
+    def fetch_bytes(self, url: str) -> bytes | None:
+        """Fetches a small file, without keeping it.
+
+        Args:
+            url: See `fetch`.
+
+        Returns:
+            Its content, or None if the server says that it does not exist.
+
+        Raises:
+            FetchError, DataError: See `fetch`.
+        """
+        with atomic_path(self.folder / "small.bin") as temporary:
+            try:
+                self._try_repeatedly(url, temporary)
+            except FetchError as error:
+                if error.absent:
+                    return None
+                raise
+            return temporary.read_bytes()
+
+    def _lock(self, stem: str) -> FileLock:
+        # A fixed number of lock files: one per URL would leave as many files behind as there are shards.
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{int(stem, 16) % _LOCK_FILES:04d}.lock")
+
+    def _fetch_with_retries(self, url: str, path: Path) -> None:
+        try:
+            with atomic_path(path) as temporary:
+                self._try_repeatedly(url, temporary)
+        except OSError as error:
+            raise DataError(
+                f"{display_name(url)} cannot be stored in {self.folder} ({error.strerror}); free some space or choose "
+                "another cache folder with DECLIP_CACHE"
+            ) from None
+
+    def _try_repeatedly(self, url: str, target: Path) -> None:
+        for attempt in range(self.attempts):
+            try:
+                self._download(url, target)
+                return
+            except FetchError as error:
+                if error.permanent or attempt + 1 == self.attempts:
+                    raise
+            pause = min(_MAX_BACKOFF_S, self.backoff_s * 2**attempt)
+            # Many ranks that lost the same server should not come back in the same instant.
+            time.sleep(pause * (0.5 + random.random() / 2))
+
+    def _download(self, url: str, target: Path) -> None:
+        scheme = url.partition(":")[0].lower()
+        if scheme == "pipe":
+            self._run_pipe(url.removeprefix("pipe:"), target)
+        elif scheme in ("http", "https"):
+            self._download_http(url, target)
+        else:
+            _download_fsspec(url, scheme, target)
+
+    def _run_pipe(self, command: str, target: Path) -> None:
+        if not self.allow_pipe:
+            raise DataError(
+                f"the shard 'pipe:{command}' would run a shell command; set data.allow_pipe true if you trust it"
+            )
+        with target.open("wb") as output:
+            status = subprocess.run(
+                command, shell=True, stdout=output, stdin=subprocess.DEVNULL, check=False
+            ).returncode
+        if status:
+            raise FetchError(f"the command {command!r} ended with status {status}")
+
+    def _download_http(self, url: str, target: Path) -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "declip-trainer"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                expected = response.headers.get("Content-Length")
+                written = _copy(response, target)
+        except urllib.error.HTTPError as error:
+            raise FetchError(
+                f"{display_name(url)}: HTTP status {error.code}",
+                permanent=error.code in _PERMANENT_STATUS,
+                absent=error.code in (403, 404, 410),
+            ) from None
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            raise FetchError(f"{display_name(url)}: {error or type(error).__name__}") from None
+        if expected is not None and int(expected) != written:
+            raise FetchError(f"{display_name(url)}: got {written} of {expected} bytes")
+
+    def _evict(self, keep: Path) -> None:
+        with FileLock(self.folder / "locks" / "evict.lock"):
+            files = []
+            for entry in os.scandir(self.folder):
+                if not entry.name.endswith(".shard"):
+                    continue
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                files.append((status.st_mtime_ns, status.st_size, entry.path))
+            total = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if total <= self.max_bytes:
+                    return
+                if path != str(keep) and not Path(path).name.startswith("."):
+                    Path(path).unlink(missing_ok=True)
+                    total -= size
+
+
+def _touch(path: Path) -> bool:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _copy(source: BinaryIO, target: Path) -> int:
+    with target.open("wb") as output:
+        shutil.copyfileobj(source, output, _CHUNK)
+        return output.tell()
+
+
+def _download_fsspec(url: str, scheme: str, target: Path) -> None:
+    try:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError:
+        package = _PACKAGES.get(scheme, "fsspec")
+        raise DataError(
+            f"{display_name(url)}: {scheme} URLs need the package {package}; pip install {package}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{display_name(url)}: {error}; use a path, http(s), s3, gs or hf URL") from None
+    try:
+        expected = filesystem.info(path).get("size")
+        with filesystem.open(path, "rb") as source:
+            written = _copy(source, target)
+    except FileNotFoundError:
+        raise FetchError(f"{display_name(url)}: no such file", permanent=True, absent=True) from None
+    except PermissionError as error:
+        raise FetchError(f"{display_name(url)}: {error}", permanent=True) from None
+    except Exception as error:
+        # Storage back ends raise exceptions of their own client libraries.
+        raise FetchError(f"{display_name(url)}: {type(error).__name__}: {error}") from None
+    if expected is not None and expected != written:
+        raise FetchError(f"{display_name(url)}: got {written} of {expected} bytes")
