@@ -1,0 +1,19 @@
+"""Losses on feature tensors and the distributed primitives they need."""
+
+from losses.contrastive import ContrastiveTerms, contrastive_terms
+from losses.functional import normalize
+from losses.mlm import masked_lm_loss
+from losses.nearest_neighbor import NearestNeighborQueue, neighbour_statistics, reshard_queue_states
+from losses.simsiam import feature_std, simsiam_loss
+
+__all__ = [
+    "ContrastiveTerms",
+    "NearestNeighborQueue",
+    "contrastive_terms",
+    "feature_std",
+    "masked_lm_loss",
+    "neighbour_statistics",
+    "normalize",
+    "reshard_queue_states",
+    "simsiam_loss",
+]
