@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models import BatchNorm
+from models.batch_norm import BatchNorm
 from trainer.config import OptimizerConfig
 from trainer.errors import ConfigError
 

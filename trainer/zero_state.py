@@ -62,7 +62,9 @@ def _check_same_parameters(engine: Engine, saved: Layout, folder: Path) -> None:
         if saved.parameter_shapes[name] != engine.parameter_shapes[name]
     )
     detail = "; ".join(
-        f"{label} {names[:3]}" for label, names in (("missing", missing), ("extra", extra), ("reshaped", changed)) if names
+        f"{label} {names[:3]}"
+        for label, names in (("missing", missing), ("extra", extra), ("reshaped", changed))
+        if names
     )
     raise ConfigError(
         f"checkpoint {folder} is of another model ({detail or 'other parameter groups'}); "

@@ -1,0 +1,5 @@
+"""Evaluation in the loop: every set of the recipe, on all ranks."""
+
+from trainer.evaluation.evaluation import Evaluation
+
+__all__ = ["Evaluation"]

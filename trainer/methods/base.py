@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from losses import normalize
-from models import ClipModel
+from models.clip import ClipModel
 from trainer.config import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -114,19 +114,9 @@ class Method(nn.Module):
 
     def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit-norm fp32 text embeddings of token_ids [n, T] with text_lengths [n]."""
-        output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"])
+        output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"], with_hidden_states=False)
         return {"embeddings": normalize(output.features)}
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to normalised fp32 (ImageNet mean and standard deviation, as DeCLIP)."""
         return (images.float() - self.pixel_mean) / self.pixel_std
-
-    def encode_image_views(self, images: Tensor) -> Tensor:
-        """Encode uint8 views [V, m, 3, H, W] to [V, m, embed_dim].
-
-        All views share one pass unless the tower has batch norm, whose statistics are those of one view.
-        """
-        pixels = self.pixels(images)
-        if self.model.image_tower.has_batch_norm:
-            return torch.stack([self.model.encode_image(view) for view in pixels])
-        return self.model.encode_image(pixels.flatten(0, 1)).unflatten(0, images.shape[:2])

@@ -15,7 +15,8 @@ from losses import (
     normalize,
     simsiam_loss,
 )
-from models import ClipModel, MlmHead, SimSiamHead
+from models.clip import ClipModel
+from models.heads import MlmHead, SimSiamHead
 from trainer.methods.base import Method, MethodSettings
 
 # The released code weighs the mean of all four view pairs by 0.4, so the original pair gets 0.1 and the other three
@@ -101,12 +102,15 @@ class DeclipMethod(Method):
         """
         token_ids = batch["token_ids"]
         views, size = token_ids.shape[:2]
-        text = self.model.encode_text(token_ids.flatten(0, 1), batch["text_lengths"].flatten())
+        with_states = bool(self.weights["w_tss"])
+        text = self.model.encode_text(
+            token_ids.flatten(0, 1), batch["text_lengths"].flatten(), with_hidden_states=with_states
+        )
         features = {
-            "image_features": self.encode_image_views(batch["images"]),
+            "image_features": self.model.encode_image_views(self.pixels(batch["images"])),
             "text_features": text.features.unflatten(0, (views, size))[:2],
         }
-        if self.weights["w_tss"]:
+        if with_states:
             masked_view = self.text_views.index("masked")
             states = text.hidden_states.unflatten(0, (views, size))[masked_view]
             features["mlm_rows"] = states.flatten(0, 1)[batch["mlm_index"]]

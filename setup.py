@@ -1,0 +1,45 @@
+"""Packaging of declip-trainer."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="declip-trainer",
+    version="0.1.0",
+    description="Distributed DeepSpeed trainer for CLIP, DeCLIP and the data-efficient CLIP family",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["trainer*", "models*", "losses*", "data*"]),
+    package_data={"trainer": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "deepspeed>=0.19",
+        "transformers>=4.50",
+        "timm>=1.0",
+        # The byte-level BPE vocabulary of CLIP ships inside this package.
+        "open_clip_torch>=3.0",
+        "tokenizers>=0.20",
+        "ftfy",
+        "webdataset>=1.0",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "pydantic>=2.6",
+        "pyyaml",
+        "rich>=13",
+        "tensorboard",
+        "filelock",
+        # The typefaces of the built-in set.
+        "matplotlib>=3.8",
+        "fonttools",
+        "requests",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff>=0.6"],
+        "mpi": ["mpi4py>=4", "mpich"],
+        "tracking": ["wandb"],
+    },
+)

@@ -1,0 +1,250 @@
+"""Putting a run together: configuration, ranks, data, method, engine, checkpoint."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+from data.tokenizer import ClipTokenizer
+from models.registry import build_model
+from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint
+from trainer.config import RunConfig, dump_config, load_config
+from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
+from trainer.engine import Engine, init_distributed, select_device
+from trainer.errors import ConfigError
+from trainer.evaluation import Evaluation
+from trainer.launch import Place
+from trainer.loop import Run
+from trainer.methods import METHODS, Method, parse_method
+from trainer.metrics import Console, MetricsWriter, truncate_metrics
+from trainer.pipeline import TrainData, build_tokenizer, index_sources
+from trainer.plan import describe_plan
+
+DEFAULT_RECIPE = "demo"
+
+
+def load_run_config(recipe: str | None, run_dir: Path | None, resume: str, overrides: dict[str, str]) -> RunConfig:
+    """The recipe that was asked for; a run that is resumed without `--recipe` keeps its own.
+
+    Raises:
+        ConfigError: See `trainer.config.load_config`.
+    """
+    if recipe is None and resume != "never":
+        folders = [run_dir] if run_dir else []
+        if resume != "auto":
+            folders += [Path(resume), Path(resume).parent.parent]
+        for folder in folders:
+            if (folder / "config.yaml").is_file():
+                return load_config(str(folder / "config.yaml"), overrides)
+    return load_config(recipe or DEFAULT_RECIPE, overrides)
+
+
+def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, place: Place) -> Run | None:
+    """Build everything a run needs. Collective.
+
+    Args:
+        config: The configuration.
+        arguments: Parsed command line (`ds_config`, `resume`, `dry_run`).
+        run_dir: The run's folder.
+        place: This rank.
+
+    Returns:
+        The run, ready to train; None after a dry run.
+
+    Raises:
+        ConfigError, DataError: A mistake the user can fix.
+    """
+    device = select_device(config.train.device, place)
+    plan = plan_batch(config, place.world_size)
+    precision = resolve_precision(config.train.precision, device)
+    resolved = resolve_deepspeed(arguments.ds_config, config, plan, precision)
+    console = Console(place.is_main)
+    tokenizer = build_tokenizer(config)
+    if arguments.dry_run:
+        with torch.device("meta"):
+            method = build_method(config, tokenizer)
+        if place.is_main:
+            print(describe_plan(config, method, resolved, plan, precision))
+        return None
+    init_distributed(device, place)
+    lock = _lock_run_dir(run_dir, place)
+    checkpoint = _agree_on_checkpoint(run_dir, arguments.resume, place, console)
+    sources = index_sources(config, place)
+    evaluation = Evaluation(config, tokenizer, place)
+    torch.manual_seed(config.train.seed)
+    method = build_method(config, tokenizer)
+    _check_queue(config, sources)
+    if config.train.compile:
+        method.model.image_tower.compile()
+        method.model.text_tower.compile(dynamic=True)
+    engine = Engine(method, config, resolved, device)
+    engine.broadcast_buffers()
+    data = TrainData(config, method, tokenizer, sources, plan, place, device)
+    state = _initial_state(config, tokenizer, data, plan)
+    if checkpoint is not None:
+        state = _restore(engine, checkpoint, state, place, console)
+    metrics = _open_run_dir(run_dir, config, resolved, state, checkpoint, place)
+    _announce(console, config, run_dir, engine, plan, precision, place, data)
+    return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
+
+
+def build_method(config: RunConfig, tokenizer: ClipTokenizer) -> Method:
+    """Towers, heads and losses of the recipe, randomly initialised from torch's generator.
+
+    Raises:
+        ConfigError: A model the registry cannot build, or a method the data section cannot feed.
+    """
+    model_config = config.model.model_dump()
+    try:
+        model = build_model(model_config.pop("name"), vocab_size=tokenizer.vocab_size, **model_config)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    name, settings = parse_method(config.method)
+    communication_dtype = torch.bfloat16 if config.train.communication_dtype == "bf16" else None
+    method = METHODS[name](model, settings, communication_dtype)
+    if "masked" in method.text_views and not config.data.mask_token:
+        raise ConfigError(
+            f"method {name} masks captions, which needs a mask token: set data.mask_token true, or method.w_tss 0"
+        )
+    return method
+
+
+def _lock_run_dir(run_dir: Path, place: Place) -> FileLock | None:
+    """Take the folder for this run; the lock falls with the process, however it ends. Collective."""
+    lock, failure = None, None
+    if place.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(run_dir / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            failure = f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
+        except OSError as error:
+            failure = f"run_dir {run_dir} cannot be written ({error.strerror}); choose another --run_dir"
+    _raise_together(failure)
+    return lock
+
+
+def _agree_on_checkpoint(run_dir: Path, resume: str, place: Place, console: Console) -> Path | None:
+    found, failure = None, None
+    if place.is_main:
+        try:
+            found, warnings = find_checkpoint(run_dir, resume)
+            for warning in warnings:
+                console.warn(warning)
+        except ConfigError as error:
+            failure = str(error)
+    _raise_together(failure)
+    return _from_main(found)
+
+
+def _raise_together(failure: str | None) -> None:
+    """End every rank with rank 0's message. Collective."""
+    failure = _from_main(failure)
+    if failure:
+        raise ConfigError(failure)
+
+
+def _from_main(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _check_queue(config: RunConfig, sources: list) -> None:
+    size = config.method.get("nns_queue_size")
+    samples = sum(source.num_samples for source in sources)
+    if size and config.method.get("w_nns") != 0 and size >= 2 * samples and dist.get_rank() == 0:
+        Console(True).warn(
+            f"method.nns_queue_size {size} holds whole epochs of {samples} samples: a caption's nearest neighbour "
+            "will often be itself; use a smaller queue"
+        )
+
+
+def _initial_state(config: RunConfig, tokenizer: ClipTokenizer, data: TrainData, plan: BatchPlan) -> TrainerState:
+    order = {
+        "seed": config.train.seed,
+        "global_batch_size": plan.global_batch_size,
+        "lanes": list(data.loader.order.lanes),
+        "shuffle_window": config.data.shuffle_window,
+    }
+    return TrainerState(0, dump_config(config), tokenizer.hash, data.fingerprint, order, {})
+
+
+def _restore(engine: Engine, checkpoint: Path, fresh: TrainerState, place: Place, console: Console) -> TrainerState:
+    """Load a checkpoint, refusing one that this run could not continue exactly. Collective."""
+    saved = load_checkpoint(engine, checkpoint, place.rank, place.world_size)
+    checks = {
+        "tokenizer": (saved.tokenizer_hash, fresh.tokenizer_hash, "data.mask_token and model.context_length"),
+        "training data": (saved.data_fingerprint, fresh.data_fingerprint, "data.train"),
+        "data order": (saved.order, fresh.order, "train.seed, train.global_batch_size, data.lanes, shuffle_window"),
+    }
+    for what, (old, new, keys) in checks.items():
+        if old != new:
+            raise ConfigError(
+                f"checkpoint {checkpoint} was made with another {what} ({old} is now {new}); "
+                f"restore {keys}, or start a new run_dir"
+            )
+    engine.method.load_method_state(saved.method_state)
+    if engine.method.state_digest() != saved.method_digest:
+        console.warn(f"the method's state of {checkpoint.name} was adapted to this configuration")
+    saved.method_state = {}
+    saved.config = fresh.config
+    return saved
+
+
+def _open_run_dir(
+    run_dir: Path,
+    config: RunConfig,
+    resolved: ResolvedDeepSpeed,
+    state: TrainerState,
+    checkpoint: Path | None,
+    place: Place,
+) -> MetricsWriter | None:
+    if not place.is_main:
+        return None
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (run_dir / "ds_config.json").write_text(json.dumps(resolved.config, indent=2) + "\n", encoding="utf-8")
+    dropped = truncate_metrics(run_dir, state.step)
+    metrics = MetricsWriter(run_dir, config.logging)
+    if checkpoint is not None:
+        metrics.event(
+            "resumed", state.step, checkpoint=str(checkpoint), world_size=place.world_size, dropped_records=dropped
+        )
+    return metrics
+
+
+def _announce(
+    console: Console,
+    config: RunConfig,
+    run_dir: Path,
+    engine: Engine,
+    plan: BatchPlan,
+    precision: str,
+    place: Place,
+    data: TrainData,
+) -> None:
+    parameters = sum(_numel(shape) for shape in engine.parameter_shapes.values())
+    samples = sum(data.loader.order.num_samples)
+    console.line(
+        f"{config.recipe}: {config.method['name']} on {config.model.name}, {parameters / 1e6:.1f} M trained parameters, "
+        f"{samples} training pairs -> {run_dir}"
+    )
+    console.line(
+        f"{place.world_size} rank(s) on {engine.device.type} by {place.launcher}, ZeRO {engine.stage}, {precision}; batch "
+        f"{plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
+        "(micro x accumulation x ranks)"
+    )
+    for line in engine.method.describe(plan.global_batch_size):
+        console.line(line)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total

@@ -1,0 +1,71 @@
+"""Embeddings of an evaluation set: every rank encodes its batches, all ranks get the whole matrix.
+
+Batches are cut the same way for any number of ranks, and each row is computed by one rank and added to zeros from the
+others, so the embeddings do not depend on the number of ranks.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.tokenizer import ClipTokenizer
+from trainer.engine import Engine
+
+
+@torch.no_grad()
+def encode_texts(engine: Engine, tokenizer: ClipTokenizer, texts: list[str], batch_size: int) -> Tensor:
+    """Unit-norm embeddings [len(texts), embed_dim] of all texts, on every rank. Collective."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    embeddings = torch.zeros(len(texts), engine.method.model.embed_dim, device=engine.device)
+    begins = range(0, len(texts), batch_size)
+    for round_begin in range(0, len(begins), world_size):
+        index = round_begin + rank
+        # A rank without a batch left repeats the first: under ZeRO 3 every forward needs all ranks.
+        begin = begins[index] if index < len(begins) else 0
+        rows = engine("text", _tokens(tokenizer, texts[begin : begin + batch_size], engine.device))["embeddings"]
+        if index < len(begins):
+            embeddings[begin : begin + batch_size] = rows
+    dist.all_reduce(embeddings)
+    return embeddings
+
+
+@torch.no_grad()
+def encode_images(
+    engine: Engine, loader: Iterable[dict[str, Any]], num_samples: int, rounds: int, image_size: int
+) -> Tensor:
+    """Unit-norm embeddings [num_samples, embed_dim] of all images, on every rank. Collective.
+
+    Args:
+        engine: The engine.
+        loader: This rank's batches, with `images` and their rows in `sample_index`.
+        num_samples: Size of the whole set.
+        rounds: Batches of the busiest rank; ranks with fewer run blanks, as ZeRO 3 needs equal numbers of forwards.
+        image_size: Side of the images.
+    """
+    embeddings = torch.zeros(num_samples, engine.method.model.embed_dim, device=engine.device)
+    done = 0
+    for batch in loader:
+        images = batch["images"].to(engine.device, non_blocking=True)
+        embeddings[batch["sample_index"].to(engine.device)] = engine("image", {"images": images})["embeddings"]
+        done += 1
+    blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=engine.device)
+    for _ in range(rounds - done):
+        engine("image", {"images": blank})
+    dist.all_reduce(embeddings)
+    return embeddings
+
+
+def _tokens(tokenizer: ClipTokenizer, texts: list[str], device: torch.device) -> dict[str, Tensor]:
+    encoded = [tokenizer.encode(text) for text in texts]
+    lengths = np.array([len(ids) for ids in encoded])
+    token_ids = np.full((len(encoded), lengths.max()), tokenizer.pad_id, dtype=np.int64)
+    for row, ids in zip(token_ids, encoded, strict=True):
+        row[: len(ids)] = ids
+    return {
+        "token_ids": torch.from_numpy(token_ids).to(device),
+        "text_lengths": torch.from_numpy(lengths).to(device),
+    }

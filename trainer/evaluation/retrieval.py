@@ -1,0 +1,48 @@
+"""Image-text retrieval with several captions per image, without the full score matrix."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CUTOFFS = (1, 5, 10)
+_TILE_ROWS = 1024
+
+
+def retrieval_figures(image_embeddings: Tensor, text_embeddings: Tensor, owners: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions. Collective: rows are spread over the ranks.
+
+    Args:
+        image_embeddings: [N, d] unit norm, the whole set, the same on every rank.
+        text_embeddings: [M, d] unit norm, likewise.
+        owners: int64 [M], the image each caption describes.
+
+    Returns:
+        `image_retrieval_recall@k` (text to image) and `text_retrieval_recall@k` (image to text), CLIP_benchmark's
+        names. An image counts as found when any of its captions is among the first k. Ties count as misses.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    hits = torch.zeros(2, len(CUTOFFS), dtype=torch.int64, device=owners.device)
+    for begin in range(rank * _TILE_ROWS, len(text_embeddings), world_size * _TILE_ROWS):
+        rows = slice(begin, begin + _TILE_ROWS)
+        scores = text_embeddings[rows] @ image_embeddings.T
+        best = scores.gather(1, owners[rows, None])
+        hits[0] += _hits((scores >= best).sum(dim=1) - 1)
+    for begin in range(rank * _TILE_ROWS, len(image_embeddings), world_size * _TILE_ROWS):
+        rows = slice(begin, begin + _TILE_ROWS)
+        scores = image_embeddings[rows] @ text_embeddings.T
+        images = torch.arange(begin, begin + len(scores), device=owners.device)
+        own = owners[None, :] == images[:, None]
+        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        hits[1] += _hits(((scores >= best) & ~own).sum(dim=1))
+    dist.all_reduce(hits)
+    totals = (len(text_embeddings), len(image_embeddings))
+    names = ("image_retrieval_recall", "text_retrieval_recall")
+    return {
+        f"{name}@{k}": float(hits[side, i]) / totals[side]
+        for side, name in enumerate(names)
+        for i, k in enumerate(CUTOFFS)
+    }
+
+
+def _hits(better: Tensor) -> Tensor:
+    return torch.stack([(better < k).sum() for k in CUTOFFS])

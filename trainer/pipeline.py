@@ -1,0 +1,179 @@
+"""From the recipe's data section to micro-batches on the device."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.augment import AUGMENTATIONS, ImageAugmentation
+from data.cache import cache_dir
+from data.errors import DataError
+from data.index import IndexedSource, IndexStore, index_shards, load_sources
+from data.loader import TrainLoader, build_train_loader
+from data.sample import SampleTransform
+from data.sources import parse_sources
+from data.tokenizer import ClipTokenizer
+from trainer.config import RunConfig
+from trainer.ds_config import BatchPlan
+from trainer.errors import ConfigError
+from trainer.launch import Place
+from trainer.methods.base import Method
+
+_DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
+_MAX_AUTO_WORKERS = 8
+
+
+def project_cache(config: RunConfig) -> Path:
+    """Folder for everything made once: indexes, rendered sets, fetched shards."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else cache_dir()
+
+
+def index_store(config: RunConfig) -> IndexStore:
+    """Where shard indexes are kept and remote shards are fetched to."""
+    return IndexStore.create(
+        project_cache(config), max_bytes=int(config.data.cache_gib * 2**30), allow_pipe=config.data.allow_pipe
+    )
+
+
+def build_tokenizer(config: RunConfig) -> ClipTokenizer:
+    """The tokenizer of the recipe."""
+    return ClipTokenizer(mask_token=config.data.mask_token, context_length=config.model.context_length)
+
+
+def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
+    """The augmentation a recipe gives to a role (`base`, `augmented`).
+
+    Raises:
+        ConfigError: Unknown preset, field or value.
+    """
+    given = config.data.augmentation.get(role, _DEFAULT_AUGMENTATION[role])
+    fields = {"preset": given} if isinstance(given, str) else dict(given)
+    preset = fields.pop("preset", _DEFAULT_AUGMENTATION[role])
+    if preset not in AUGMENTATIONS:
+        raise ConfigError(f"data.augmentation.{role}: unknown preset '{preset}', use {', '.join(AUGMENTATIONS)}")
+    known = {field.name for field in dataclasses.fields(ImageAugmentation)}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"data.augmentation.{role}: unknown field '{name}', known: {', '.join(sorted(known))}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    try:
+        return dataclasses.replace(AUGMENTATIONS[preset], **values)
+    except (DataError, TypeError) as error:
+        raise ConfigError(f"data.augmentation.{role}: {error}") from None
+
+
+class TrainData:
+    """The training data of a run on this rank.
+
+    Attributes:
+        sources: Indexed sources.
+        loader: Yields this rank's micro-batches from any step.
+        fingerprint: Identity of the data set, for checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        tokenizer: ClipTokenizer,
+        sources: list[IndexedSource],
+        plan: BatchPlan,
+        place: Place,
+        device: torch.device,
+    ) -> None:
+        self._accumulation_steps = plan.accumulation_steps
+        self._device = device
+        transform = SampleTransform(
+            tokenizer,
+            tuple(augmentation(config, role) for role in method.image_views),
+            method.text_views,
+            method.model.image_tower.image_size,
+            mask_probability=config.method.get("mlm_probability", 0.15),
+            synonyms_path=config.data.synonyms,
+            max_image_pixels=config.data.max_image_pixels,
+            max_caption_chars=config.data.max_caption_chars,
+        )
+        self.loader: TrainLoader = build_train_loader(
+            sources,
+            transform,
+            store=index_store(config),
+            seed=config.train.seed,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            rank=place.rank,
+            world_size=place.world_size,
+            lanes=config.data.lanes,
+            shuffle_window=config.data.shuffle_window,
+            workers=resolve_workers(config, place),
+            prefetch=config.data.prefetch,
+            pin_memory=device.type == "cuda",
+        )
+        self.fingerprint = self.loader.fingerprint
+
+    def steps(self, first: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield the micro-batches of step `first`, `first` + 1, ... (0-based: `first` steps are done)."""
+        batches = self.loader.batches(first)
+        while True:
+            yield [next(batches) for _ in range(self._accumulation_steps)]
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Copy a micro-batch's tensors to the device, without waiting when memory is pinned."""
+        return {k: v.to(self._device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def samples_seen(self, step: int) -> dict[str, int]:
+        """Samples of each source after `step` steps."""
+        return self.loader.order.samples_seen(step)
+
+    def epoch(self, step: int) -> float:
+        """Epochs of the first source after `step` steps."""
+        return next(iter(self.loader.order.epochs_seen(step).values()))
+
+    def write_bad_samples(self, run_dir: Path, records: list[dict[str, str]], step: int) -> None:
+        """Append to bad_samples.jsonl."""
+        with (run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as stream:
+            for record in records:
+                stream.write(json.dumps({"step": step, **record}) + "\n")
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.loader.close()
+
+
+def index_sources(config: RunConfig, place: Place) -> list[IndexedSource]:
+    """Index the training shards, the work spread over the ranks. Collective.
+
+    Raises:
+        DataError: A shard is missing, damaged or without usable samples.
+        ConfigError: More samples than `data.max_bad_fraction` lack an image or a caption.
+    """
+    cache, store = project_cache(config), index_store(config)
+    # One rank renders or lists first, so that the others find it done.
+    if place.is_main:
+        parse_sources(config.data.train, cache)
+    dist.barrier()
+    parsed = parse_sources(config.data.train, cache)
+    index_shards([s for source in parsed for s in source.shards], place.rank, place.world_size, store=store)
+    dist.barrier()
+    sources = load_sources(parsed, store)
+    for source in sources:
+        total = source.num_samples + source.num_excluded
+        if source.num_excluded > config.data.max_bad_fraction * total:
+            raise ConfigError(
+                f"data source '{source.name}': {source.num_excluded} of {total} samples lack an image or a caption, "
+                f"more than data.max_bad_fraction {config.data.max_bad_fraction}; list them with "
+                "`python -m data.index --excluded SHARDS`, repair the shards or raise the limit"
+            )
+    return sources
+
+
+def resolve_workers(config: RunConfig, place: Place) -> int:
+    """Loader processes of this rank: `auto` shares the cores out and leaves one to the training process."""
+    if config.data.workers != "auto":
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) // place.local_world_size
+    return max(1, min(_MAX_AUTO_WORKERS, cores - 1))

@@ -1,0 +1,80 @@
+"""What a run will take, before it takes it: parameters, memory per rank, communication per step."""
+
+import os
+
+from trainer.config import RunConfig, dump_config
+from trainer.ds_config import BatchPlan, ResolvedDeepSpeed
+from trainer.methods.base import Method
+
+_FP32 = 4
+
+
+def memory_per_rank(parameters: int, stage: int, world_size: int, offload_optimizer: bool) -> dict[str, float]:
+    """Bytes of model state on one rank's device: fp32 parameters, gradients, Adam's two moments, ZeRO's master copy.
+
+    Args:
+        parameters: Trained parameters.
+        stage: ZeRO stage.
+        world_size: Ranks.
+        offload_optimizer: Moments and master live in host memory.
+    """
+    share = parameters / world_size
+    masters = 0.0 if stage == 0 else share
+    moments = 2.0 * (parameters if stage == 0 else share)
+    return {
+        "parameters": _FP32 * (share if stage == 3 else parameters),
+        "gradients": _FP32 * (share if stage >= 2 else parameters),
+        "optimizer": 0.0 if offload_optimizer else _FP32 * (masters + moments),
+    }
+
+
+def communication_per_step(
+    parameters: int, stage: int, plan: BatchPlan, embed_dim: int, text_views: int, feature_bytes: int
+) -> dict[str, float]:
+    """Bytes one rank contributes to collectives in a step: gradients and parameters by stage, features by method."""
+    if plan.world_size == 1:
+        return {"gradients": 0.0, "parameters": 0.0, "features": 0.0}
+    reductions = plan.accumulation_steps if stage >= 2 else 1
+    gathers = {0: 0.0, 1: 1.0, 2: 1.0, 3: 2.0 * plan.accumulation_steps}[stage]
+    features = text_views * plan.rank_batch_size * embed_dim * feature_bytes
+    backward = text_views * plan.global_batch_size * embed_dim * _FP32
+    return {
+        "gradients": _FP32 * parameters * reductions,
+        "parameters": _FP32 * parameters / plan.world_size * gathers,
+        "features": features + backward,
+    }
+
+
+def describe_plan(
+    config: RunConfig, method: Method, resolved: ResolvedDeepSpeed, plan: BatchPlan, precision: str
+) -> str:
+    """The text of `--dry_run`: the resolved recipe, then sizes."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    towers = {"image tower": method.model.image_tower, "text tower": method.model.text_tower}
+    counts = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
+    counts["heads and temperature"] = sum(p.numel() for p in method.parameters()) - sum(counts.values())
+    memory = memory_per_rank(trained, resolved.stage, plan.world_size, resolved.offload_optimizer)
+    feature_bytes = 2 if config.train.communication_dtype == "bf16" else _FP32
+    # A third, masked pass (mlm_shared_pass false) stays on its rank; every other text view is gathered.
+    gathered = min(len(method.text_views), 2)
+    traffic = communication_per_step(trained, resolved.stage, plan, method.model.embed_dim, gathered, feature_bytes)
+    buffers = sum(b.numel() * b.element_size() for b in method.buffers())
+    lines = [dump_config(config).rstrip(), "", "plan:"]
+    lines += [f"  {name}: {count / 1e6:.2f} M parameters" for name, count in counts.items()]
+    lines.append(f"  trained: {trained / 1e6:.2f} M parameters")
+    lines.append(
+        f"  batch: {plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
+        f"(micro x accumulation x ranks); {precision}; ZeRO {resolved.stage}; {os.cpu_count()} CPU cores"
+    )
+    lines += [f"  {line}" for line in method.describe(plan.global_batch_size)]
+    lines.append(
+        "  memory per rank, without activations: "
+        + ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
+        + f", queue and buffers {_mib(buffers)}; total {_mib(sum(memory.values()) + buffers)}"
+    )
+    lines.append("  sent per rank and step: " + ", ".join(f"{name} {_mib(size)}" for name, size in traffic.items()))
+    return "\n".join(lines)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,86 @@
+"""Train a model: `deepspeed trainer/run.py --ds_config ds_configs/zero2.json`.
+
+Also starts under torchrun, srun, mpirun and plain python. With nothing else it trains the `demo` recipe, DeCLIP on the
+built-in set, on the GPUs or the CPU it finds.
+"""
+
+import argparse
+import datetime
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Started as a script, Python puts trainer/ first on the path, where its files would shadow other modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.errors import ConfigError
+from trainer.launch import find_place
+from trainer.shutdown import end_process, reported_errors
+
+_EPILOG = """examples:
+  deepspeed trainer/run.py --ds_config ds_configs/zero2.json
+  deepspeed trainer/run.py --ds_config ds_configs/zero1.json --recipe declip_yfcc15m_vitb32 \\
+      --data.train '/data/yfcc15m/{00000..01538}.tar' --run_dir runs/declip
+  deepspeed trainer/run.py --recipe clip_demo --train.steps 200 --optimizer.lr 5e-4
+  deepspeed trainer/run.py --run_dir runs/declip --resume auto
+
+any value of the recipe can be set with --section.key VALUE; --dry_run prints them all
+"""
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The command line: the fixed flags, and the recipe overrides as dotted key to text."""
+    parser = argparse.ArgumentParser(
+        prog="trainer/run.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Launchers pass flags of their own; an abbreviation must never swallow one.
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ds_config", "--deepspeed_config", metavar="PATH", help="DeepSpeed JSON (default: ZeRO 0)")
+    parser.add_argument("--recipe", default=None, metavar="NAME|PATH", help="recipe (default: demo)")
+    parser.add_argument("--run_dir", metavar="DIR", help="folder of the run (default: runs/<recipe>-<date-time>)")
+    parser.add_argument("--resume", default="never", metavar="auto|never|PATH", help="where to continue from")
+    parser.add_argument("--dry_run", action="store_true", help="resolve everything, print the plan and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments, rest = parser.parse_known_args(argv)
+    return arguments, _overrides(rest)
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise ConfigError(f"unknown argument '{word}': flags are listed by --help, recipe values are --section.key")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"--{key} needs a value")
+        found[key] = value
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Parse, assemble, train."""
+    arguments, overrides = parse_arguments(argv)
+    place = find_place()
+    with reported_errors(place):
+        from trainer.assemble import assemble, load_run_config
+        from trainer.loop import train
+
+        run_dir = Path(arguments.run_dir) if arguments.run_dir else None
+        config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
+        stamp = os.environ.get("DECLIP_RUN_STAMP") or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        run_dir = run_dir or Path("runs") / f"{config.recipe}-{stamp}"
+        run = assemble(config, arguments, run_dir, place)
+        if run is not None:
+            train(run)
+            run.close()
+
+
+if __name__ == "__main__":
+    end_process(main, sys.argv[1:])

@@ -1,0 +1,68 @@
+"""How a process ends: one line for a user's mistake, a traceback for a bug, and never a rank left hanging."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from trainer.errors import ConfigError
+from trainer.launch import Place
+
+USER_ERROR = 2
+# Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
+_GRACE_SECONDS = 1.0
+
+
+@contextmanager
+def reported_errors(place: Place) -> Iterator[None]:
+    """Turn an exception on this rank into its message and an exit that ends all ranks.
+
+    The process leaves at once, without the orderly shutdown of process groups: the other ranks may be waiting in a
+    collective this rank will never join, and the launcher ends them when this one exits with an error.
+    """
+    from data.errors import DataError
+
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        _leave(place, f"error: {error}", USER_ERROR)
+    except KeyboardInterrupt:
+        _leave(place, "interrupted", 130)
+    except Exception:
+        _leave(place, traceback.format_exc(), 1)
+
+
+def _leave(place: Place, message: str, code: int) -> None:
+    if not place.is_main:
+        time.sleep(_GRACE_SECONDS)
+    prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Run `main` as a process: exit code 2 and one line for mistakes made before the ranks are known.
+
+    A good end leaves through `os._exit` after the process group is closed, because threads of communication
+    libraries can abort a process that is already done.
+    """
+    try:
+        main(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    _close_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _close_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
