@@ -1,0 +1,248 @@
+"""Map-style data sets whose items are whole collated batches, built in the worker that is asked for them."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from data.errors import BadSample, DataError
+from data.index import IndexedSource, IndexStore
+from data.order import GlobalOrder
+from data.reader import RawSample, ReadLimits, SampleReader
+from data.rng import keyed_hash
+
+MAX_REPLACEMENTS = 100
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class Views(Protocol):
+    """What a sample transform returns; see `data.sample.SampleViews`."""
+
+    images: np.ndarray
+    token_ids: list[list[int]]
+    mlm_positions: list[int]
+    mlm_targets: list[int]
+
+
+# (image bytes, captions, (seed, source, epoch, sample)) -> views; raises BadSample. An attribute `text_views` that
+# contains "masked" asks for mlm_index and mlm_targets in the batch.
+TrainTransform = Callable[[bytes, list[str], tuple[int | str, ...]], Views]
+
+
+def collate_views(views: Sequence[Views], *, masked: bool) -> dict[str, torch.Tensor]:
+    """Stacks the views of the samples of one micro-batch.
+
+    Args:
+        views: Views of m samples; each has images uint8 [V, 3, H, W] and K lists of token ids.
+        masked: Whether one text view is masked for MLM.
+
+    Returns:
+        images uint8 [V, m, 3, H, W]; token_ids int64 [K, m, T] padded with 0 to the longest caption of the micro-batch
+        over all K views; text_lengths int64 [K, m]; with `masked` also mlm_index int64 [n], flat positions
+        row * T + position of the masked view, and mlm_targets int64 [n].
+    """
+    first = np.asarray(views[0].images)
+    images = np.empty((first.shape[0], len(views), *first.shape[1:]), dtype=np.uint8)
+    for row, view in enumerate(views):
+        images[:, row] = view.images
+    lengths = np.array([[len(ids) for ids in view.token_ids] for view in views], dtype=np.int64).T
+    width = int(lengths.max())
+    token_ids = np.zeros((*lengths.shape, width), dtype=np.int64)
+    for row, view in enumerate(views):
+        for text_view, ids in enumerate(view.token_ids):
+            token_ids[text_view, row, : len(ids)] = ids
+    batch = {
+        "images": torch.from_numpy(images),
+        "token_ids": torch.from_numpy(token_ids),
+        "text_lengths": torch.from_numpy(np.ascontiguousarray(lengths)),
+    }
+    if masked:
+        index = [row * width + position for row, view in enumerate(views) for position in view.mlm_positions]
+        targets = [target for view in views for target in view.mlm_targets]
+        batch["mlm_index"] = torch.tensor(index, dtype=torch.int64)
+        batch["mlm_targets"] = torch.tensor(targets, dtype=torch.int64)
+    return batch
+
+
+class _ReadingDataset(Dataset):
+    """Holds what a worker needs to read samples; the reader itself is made on first use in each process."""
+
+    def __init__(self, sources: Sequence[IndexedSource], store: IndexStore, limits: ReadLimits) -> None:
+        self._sources = tuple(sources)
+        self._store = store
+        self._limits = limits
+        self._reader: SampleReader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    @property
+    def reader(self) -> SampleReader:
+        """The reader of this process."""
+        if self._reader is None:
+            self._reader = SampleReader(self._sources, self._store, self._limits)
+        return self._reader
+
+
+class TrainDataset(_ReadingDataset):
+    """Item (step, micro_index) is the collated micro-batch of this rank; see `collate_views`.
+
+    A sample that cannot be used is replaced by another one of its source, drawn by a hash of (seed, source, epoch,
+    sample, attempt), so replacements too are the same for any world size and worker count. A DataError comes back as
+    {"error": message}, because an exception would arrive in the main process wrapped in a worker's traceback.
+
+    Args:
+        sources: Indexed sources.
+        order: The global order over the same sources.
+        transform: See `TrainTransform`.
+        micro_batch_size: m.
+        rank: 0 <= rank < world_size.
+        world_size: world_size * m must divide the global batch.
+        store: Where indexes are found and remote shards fetched.
+        limits: Largest members that are read.
+        held_batches: Micro-batches that may lie in shared memory at once, to check its size in time.
+
+    Raises:
+        DataError: If the batch sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[IndexedSource],
+        order: GlobalOrder,
+        transform: TrainTransform,
+        *,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        store: IndexStore,
+        limits: ReadLimits,
+        held_batches: int = 0,
+    ) -> None:
+        super().__init__(sources, store, limits)
+        if micro_batch_size < 1 or order.global_batch_size % (micro_batch_size * world_size):
+            raise DataError(
+                f"train.global_batch_size {order.global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{micro_batch_size} times {world_size} ranks; choose sizes that divide"
+            )
+        self.micro_batches_per_step = order.global_batch_size // (micro_batch_size * world_size)
+        self._order = order
+        self._transform = transform
+        self._masked = "masked" in getattr(transform, "text_views", ())
+        self._micro_batch_size = micro_batch_size
+        self._first_slot = rank * self.micro_batches_per_step * micro_batch_size
+        self._held_batches = held_batches
+        self._checked_memory = False
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        try:
+            return self._micro_batch(*item)
+        except DataError as error:
+            return {"error": str(error)}
+
+    def _micro_batch(self, step: int, micro_index: int) -> dict[str, Any]:
+        start = self._first_slot + micro_index * self._micro_batch_size
+        plan = self._order.slots(step, start, start + self._micro_batch_size)
+        views: list[Views | None] = [None] * len(plan)
+        hashes = np.empty(len(plan), dtype=np.int64)
+        bad_samples: list[dict[str, str]] = []
+        # In the order of the files, so that a micro-batch opens each of its shards once and reads it forwards.
+        for row in np.lexsort((plan.sample, plan.source)):
+            source, epoch, sample = int(plan.source[row]), int(plan.epoch[row]), int(plan.sample[row])
+            views[row], used, key = self._sample(source, epoch, sample, bad_samples)
+            hashes[row] = keyed_hash(int(plan.slot[row]), self._sources[source].name, used, key) >> 1
+        batch = collate_views(views, masked=self._masked)
+        batch["sample_hash"] = torch.from_numpy(hashes)
+        self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))
+        return {**batch, "bad_samples": bad_samples}
+
+    def _sample(
+        self, source: int, epoch: int, sample: int, bad_samples: list[dict[str, str]]
+    ) -> tuple[Views, int, str]:
+        """Returns the views of a sample or of its replacement, and which sample that is."""
+        seed, name = self._order.seed, self._sources[source].name
+        candidate = sample
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                raw = self.reader.read(source, candidate)
+                return self._transform(raw.image, raw.captions, (seed, name, epoch, candidate)), candidate, raw.key
+            except BadSample as bad:
+                shard, key = self.reader.describe(source, candidate)
+                bad_samples.append({"shard": shard, "key": key, "reason": bad.reason})
+            draw = keyed_hash("replacement", seed, name, epoch, sample, attempt)
+            candidate = draw % self._order.num_samples[source]
+        last = bad_samples[-1]
+        raise DataError(
+            f"source {name!r}: {MAX_REPLACEMENTS} samples in a row cannot be used (the last: {last['key']} of "
+            f"{last['shard']}: {last['reason']}); check the data"
+        )
+
+    def _check_shared_memory(self, batch_bytes: int) -> None:
+        # A worker that overruns shared memory dies of a bus error, which tells the user nothing.
+        if self._checked_memory or get_worker_info() is None or not _SHARED_MEMORY.is_dir():
+            return
+        self._checked_memory = True
+        needed, free = batch_bytes * self._held_batches, shutil.disk_usage(_SHARED_MEMORY).free
+        if needed > free:
+            raise DataError(
+                f"{_SHARED_MEMORY} has {free >> 20} MiB free, the loader needs {needed >> 20} MiB for "
+                f"{self._held_batches} micro-batches; give the container more (docker --shm-size) or lower data.workers"
+            )
+
+
+class EvalDataset(_ReadingDataset):
+    """Item (start, stop) is the collated batch of these samples of all sources, one source after the other.
+
+    Args:
+        sources: Indexed sources.
+        transform: Image bytes -> uint8 [3, H, W]; raises BadSample.
+        store: Where indexes are found and remote shards fetched.
+        limits: Largest members that are read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[IndexedSource],
+        transform: Callable[[bytes], np.ndarray],
+        *,
+        store: IndexStore,
+        limits: ReadLimits,
+    ) -> None:
+        super().__init__(sources, store, limits)
+        self._transform = transform
+        self._ends = np.cumsum([source.num_samples for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        try:
+            return self._batch(range(*item))
+        except DataError as error:
+            return {"error": str(error)}
+
+    def _batch(self, samples: range) -> dict[str, Any]:
+        images, raws, kept, bad_samples = [], [], [], []
+        for sample in samples:
+            source = int(np.searchsorted(self._ends, sample, side="right"))
+            within = sample - int(self._ends[source]) + self._sources[source].num_samples
+            try:
+                raw: RawSample = self.reader.read(source, within)
+                images.append(np.asarray(self._transform(raw.image)))
+            except BadSample as bad:
+                shard, key = self.reader.describe(source, within)
+                bad_samples.append({"shard": shard, "key": key, "reason": bad.reason})
+                continue
+            raws.append(raw)
+            kept.append(sample)
+        return {
+            "images": torch.from_numpy(np.stack(images)) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8),
+            "captions": [raw.captions for raw in raws],
+            "metadata": [{"key": raw.key, **raw.metadata} for raw in raws],
+            "sample_index": torch.tensor(kept, dtype=torch.int64),
+            "bad_samples": bad_samples,
+        }

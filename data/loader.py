@@ -1,0 +1,358 @@
+"""Loaders: endless micro-batches for training from any step, and one pass over a rank's share for evaluation."""
+
+import atexit
+import copy
+import functools
+import itertools
+import multiprocessing
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data.dataset import EvalDataset, TrainDataset, TrainTransform
+from data.errors import DataError
+from data.index import IndexedSource, IndexStore, fingerprint
+from data.order import DEFAULT_SHUFFLE_WINDOW, GlobalOrder, OrderSource
+from data.prefetch import ShardPrefetcher
+from data.reader import ReadLimits
+from data.sources import is_remote
+from data.worker import initialise_worker, main_module_hidden, raise_open_file_limit, worker_context
+
+_JOIN_S = 5.0
+
+
+class _StepsFrom:
+    """Endless items (step, micro_index) from a start step."""
+
+    def __init__(self, start_step: int, micro_batches_per_step: int) -> None:
+        self._start_step = start_step
+        self._micro_batches_per_step = micro_batches_per_step
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in itertools.count(self._start_step):
+            for micro_index in range(self._micro_batches_per_step):
+                yield step, micro_index
+
+
+class _Pipeline:
+    """One pass of a torch DataLoader together with its worker processes."""
+
+    def __init__(
+        self,
+        dataset: TrainDataset | EvalDataset,
+        items: Any,
+        *,
+        transform: object,
+        workers: int,
+        prefetch: int,
+        pin_memory: bool | None,
+    ) -> None:
+        if workers < 0 or prefetch < 1:
+            raise DataError(f"data.workers is {workers} and prefetch {prefetch}; they must be at least 0 and 1")
+        options = {}
+        if workers:
+            raise_open_file_limit()
+            options = {
+                "prefetch_factor": prefetch,
+                "multiprocessing_context": worker_context(),
+                "worker_init_fn": initialise_worker,
+            }
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=items,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            # Without a generator of its own the loader draws from the global one and shifts the model's numbers.
+            generator=torch.Generator(),
+            **options,
+        )
+        before = set(multiprocessing.active_children())
+        with main_module_hidden(transform):
+            self._iterator: Iterator[dict[str, Any]] | None = iter(loader)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        # multiprocessing waits for its children when the interpreter ends, and ours ignore the SIGTERM it sends them.
+        self._exit_hook = functools.partial(_close_referenced, weakref.ref(self))
+        atexit.register(self._exit_hook)
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        if "error" in batch:
+            self.close()
+            raise DataError(batch["error"])
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers, by force where one hangs."""
+        # Dropping the iterator makes torch ask its workers to end.
+        self._iterator = None
+        for process in self._processes:
+            process.join(_JOIN_S)
+            if process.is_alive():
+                process.kill()
+        self._processes = []
+        atexit.unregister(self._exit_hook)
+
+
+def _close_referenced(reference: "weakref.ref[_Pipeline]") -> None:
+    pipeline = reference()
+    if pipeline is not None:
+        pipeline.close()
+
+
+class TrainLoader:
+    """Endless iterator over the micro-batches of this rank, in order, from a start step; see `build_train_loader`.
+
+    It can be iterated once and knows no position: to resume, build one with another start step.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainDataset,
+        order: GlobalOrder,
+        sources: Sequence[IndexedSource],
+        pipeline: _Pipeline,
+        prefetcher: ShardPrefetcher | None,
+        start_step: int,
+    ) -> None:
+        self.micro_batches_per_step = dataset.micro_batches_per_step
+        self.order = order
+        self.sources = tuple(sources)
+        self._pipeline = pipeline
+        self._prefetcher = prefetcher
+        self._start_step = start_step
+        self._taken = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the data set: shard names, sizes and sample counts."""
+        return fingerprint(self.sources)
+
+    @property
+    def order_fingerprint(self) -> str:
+        """Hex digest of everything the order depends on; see `GlobalOrder.fingerprint`."""
+        return self.order.fingerprint
+
+    @property
+    def num_excluded(self) -> int:
+        """Stored samples that lack an image or a caption and are not part of the data set."""
+        return sum(source.num_excluded for source in self.sources)
+
+    def samples_seen(self, step: int) -> dict[str, int]:
+        """Returns how many samples of each source the first `step` steps hold."""
+        return self.order.samples_seen(step)
+
+    def epochs_seen(self, step: int) -> dict[str, float]:
+        """Returns how many epochs of each source the first `step` steps are."""
+        return self.order.epochs_seen(step)
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._prefetcher is not None and self._taken % self.micro_batches_per_step == 0:
+            self._prefetcher.advance(self._start_step + self._taken // self.micro_batches_per_step)
+        batch = next(self._pipeline)
+        self._taken += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends workers and downloads; the loader is exhausted afterwards."""
+        self._pipeline.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+
+def build_train_loader(
+    sources: Sequence[IndexedSource],
+    sample_transform: TrainTransform,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    lanes: int | str = "auto",
+    shuffle_window: int = DEFAULT_SHUFFLE_WINDOW,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool | None = None,
+    limits: ReadLimits | None = None,
+    store: IndexStore | None = None,
+) -> TrainLoader:
+    """Builds the training loader of one rank.
+
+    Args:
+        sources: From `data.index.load_sources`.
+        sample_transform: (image bytes, captions, (seed, source, epoch, sample)) -> views; see `data.sample`. It is
+            pickled to the workers.
+        seed: Seed of the order and of all sample randomness.
+        global_batch_size: Samples per optimizer step over all ranks.
+        micro_batch_size: Samples per micro-batch of one rank; a step is global / (world * micro) micro-batches.
+        rank: 0 <= rank < world_size.
+        world_size: Number of ranks.
+        start_step: First step; the same as running up to there.
+        lanes: See `GlobalOrder`.
+        shuffle_window: See `GlobalOrder`.
+        workers: Worker processes; 0 = load in this process.
+        prefetch: Micro-batches each worker prepares ahead.
+        pin_memory: Default: if there is a CUDA device.
+        limits: Largest members that are read.
+        store: Where indexes are found and remote shards fetched; default: the cache folder of the project.
+
+    Returns:
+        A TrainLoader.
+
+    Raises:
+        DataError: If the settings do not fit together.
+    """
+    store, limits = store or IndexStore.create(), limits or ReadLimits()
+    order = GlobalOrder(
+        [OrderSource(source.name, source.counts, source.weight) for source in sources],
+        seed=seed,
+        global_batch_size=global_batch_size,
+        lanes=lanes,
+        shuffle_window=shuffle_window,
+    )
+    dataset = TrainDataset(
+        sources,
+        order,
+        sample_transform,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        store=store,
+        limits=limits,
+        held_batches=workers * prefetch,
+    )
+    prefetcher = None
+    if any(is_remote(shard) for source in sources for shard in source.shards):
+        upcoming = _UpcomingShards(sources, copy.deepcopy(order), rank, world_size)
+        prefetcher = ShardPrefetcher(store.remote, upcoming, start_step)
+    pipeline = _Pipeline(
+        dataset,
+        _StepsFrom(start_step, dataset.micro_batches_per_step),
+        transform=sample_transform,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+    )
+    return TrainLoader(dataset, order, sources, pipeline, prefetcher, start_step)
+
+
+class _UpcomingShards:
+    """Step -> {URL: bytes} of the remote shards of a rank."""
+
+    def __init__(self, sources: Sequence[IndexedSource], order: GlobalOrder, rank: int, world_size: int) -> None:
+        self._sources = sources
+        self._ends = [np.cumsum(source.counts) for source in sources]
+        self._order = order
+        self._rank = rank
+        self._world_size = world_size
+
+    def __call__(self, step: int) -> dict[str, int]:
+        plan = self._order.rank_slice(step, self._rank, self._world_size)
+        needed = {}
+        for number, source in enumerate(self._sources):
+            samples = plan.sample[plan.source == number]
+            for shard in np.unique(np.searchsorted(self._ends[number], samples, side="right")):
+                if is_remote(source.shards[shard]):
+                    needed[source.shards[shard]] = int(source.sizes[shard])
+        return needed
+
+
+class EvalLoader:
+    """One pass over a rank's share of the samples; see `build_eval_loader`.
+
+    Attributes:
+        bad_samples: {shard, key, reason} of the samples left out so far.
+    """
+
+    def __init__(self, open_pipeline: Callable[[], _Pipeline], num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.bad_samples: list[dict[str, str]] = []
+        self._open_pipeline = open_pipeline
+        self._pipeline: _Pipeline | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.close()
+        self.bad_samples = []
+        self._pipeline = pipeline = self._open_pipeline()
+        try:
+            while True:
+                try:
+                    batch = next(pipeline)
+                except StopIteration:
+                    return
+                self.bad_samples.extend(batch["bad_samples"])
+                if len(batch["sample_index"]):
+                    yield batch
+        finally:
+            pipeline.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+
+def build_eval_loader(
+    sources: Sequence[IndexedSource],
+    eval_transform: Callable[[bytes], np.ndarray],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 256,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool | None = None,
+    limits: ReadLimits | None = None,
+    store: IndexStore | None = None,
+) -> EvalLoader:
+    """Builds a loader that visits every sample exactly once over all ranks, in stored order, without padding.
+
+    Args:
+        sources: From `data.index.load_sources`; weights do not matter.
+        eval_transform: Image bytes -> uint8 [3, H, W]; see `data.sample.EvalTransform`.
+        rank: 0 <= rank < world_size; ranks take contiguous ranges whose lengths differ by one at most.
+        world_size: Number of ranks.
+        batch_size: Samples per batch; the last one may be smaller.
+        workers: Worker processes; 0 = load in this process.
+        prefetch: Batches each worker prepares ahead.
+        pin_memory: Default: if there is a CUDA device.
+        limits: Largest members that are read.
+        store: See `build_train_loader`.
+
+    Returns:
+        An EvalLoader, to be iterated as often as wanted. Batches are dicts of images uint8 [m, 3, H, W], captions
+        (m lists of str), metadata (m dicts: key, content of the .json member, cls), sample_index int64 [m] and
+        bad_samples; samples that cannot be read are left out.
+
+    Raises:
+        DataError: If the settings do not fit together.
+    """
+    if batch_size < 1:
+        raise DataError(f"the evaluation batch size is {batch_size}; it must be at least 1")
+    dataset = EvalDataset(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())
+    total = len(dataset)
+    first, last = rank * total // world_size, (rank + 1) * total // world_size
+    items = [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+
+    def open_pipeline() -> _Pipeline:
+        return _Pipeline(
+            dataset,
+            items,
+            transform=eval_transform,
+            workers=min(workers, len(items)),
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+        )
+
+    return EvalLoader(open_pipeline, total)

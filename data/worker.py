@@ -1,0 +1,89 @@
+"""How loader workers start, behave and end."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_MAX_OPEN_FILES = 65_536
+# Imported once in the fork server; each worker is then a fork of a process that has them.
+_PRELOADED = ["torch", "data.dataset", "data.sample"]
+
+
+def worker_context() -> multiprocessing.context.BaseContext:
+    """Returns the start method for loader workers.
+
+    A plain fork is unsafe after CUDA, NCCL or gloo have started threads, and spawn imports torch anew in every worker.
+    The fork server is a small clean process that does neither.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+@contextmanager
+def main_module_hidden(*objects: object) -> Iterator[None]:
+    """Keeps new workers from importing the main script again while the block starts them.
+
+    multiprocessing would run the imports of the training script, DeepSpeed included, in every worker: many seconds and
+    gigabytes for nothing.
+
+    Args:
+        *objects: What is sent to the workers; if one comes from the main script, the script stays visible.
+    """
+    main = sys.modules["__main__"]
+    needed = any("__main__" in (type(thing).__module__, getattr(thing, "__module__", None)) for thing in objects)
+    if needed:
+        yield
+        return
+    missing = object()
+    kept = {name: getattr(main, name, missing) for name in ("__spec__", "__file__")}
+    main.__spec__ = None
+    main.__file__ = None
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is missing:
+                delattr(main, name)
+            else:
+                setattr(main, name, value)
+
+
+def initialise_worker(worker_id: int) -> None:
+    """Sets up a loader worker.
+
+    Args:
+        worker_id: Not used; the loader passes it.
+    """
+    torch.set_num_threads(1)
+    # Schedulers send SIGTERM and SIGUSR1, and a terminal SIGINT, to every process of a job. The main process decides
+    # what happens; workers live on so that it can finish its step, and are closed or killed by it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # The parent that torch watches is the fork server here, which outlives a killed trainer as long as workers do.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def raise_open_file_limit() -> None:
+    """Raises the soft limit on open files: every tensor from a worker holds a descriptor, and 1024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
