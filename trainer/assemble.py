@@ -83,10 +83,14 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         method.model.text_tower.compile(dynamic=True)
     engine = Engine(method, config, resolved, device)
     engine.broadcast_buffers()
-    data = TrainData(config, method, tokenizer, sources, plan, place, device)
-    state = _initial_state(config, tokenizer, data, plan)
-    if checkpoint is not None:
-        state = _restore(engine, checkpoint, state, place, console)
+    saved = None if checkpoint is None else load_checkpoint(engine, checkpoint, place.rank, place.world_size)
+    start_step = saved.step if saved else 0
+    data = TrainData(config, method, tokenizer, sources, plan, place, device, start_step)
+    state = TrainerState(
+        start_step, dump_config(config), tokenizer.hash, data.loader.fingerprint, data.loader.order_fingerprint, {}
+    )
+    if saved is not None:
+        _continue_from(saved, state, engine, checkpoint, console)
     metrics = _open_run_dir(run_dir, config, resolved, state, checkpoint, place)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
     return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
@@ -165,36 +169,29 @@ def _check_queue(config: RunConfig, sources: list) -> None:
         )
 
 
-def _initial_state(config: RunConfig, tokenizer: ClipTokenizer, data: TrainData, plan: BatchPlan) -> TrainerState:
-    order = {
-        "seed": config.train.seed,
-        "global_batch_size": plan.global_batch_size,
-        "lanes": list(data.loader.order.lanes),
-        "shuffle_window": config.data.shuffle_window,
-    }
-    return TrainerState(0, dump_config(config), tokenizer.hash, data.fingerprint, order, {})
-
-
-def _restore(engine: Engine, checkpoint: Path, fresh: TrainerState, place: Place, console: Console) -> TrainerState:
-    """Load a checkpoint, refusing one that this run could not continue exactly. Collective."""
-    saved = load_checkpoint(engine, checkpoint, place.rank, place.world_size)
+def _continue_from(
+    saved: TrainerState, state: TrainerState, engine: Engine, checkpoint: Path, console: Console
+) -> None:
+    """Take over the method's state, refusing a checkpoint that this run could not continue exactly."""
     checks = {
-        "tokenizer": (saved.tokenizer_hash, fresh.tokenizer_hash, "data.mask_token and model.context_length"),
-        "training data": (saved.data_fingerprint, fresh.data_fingerprint, "data.train"),
-        "data order": (saved.order, fresh.order, "train.seed, train.global_batch_size, data.lanes, shuffle_window"),
+        "tokenizer": (saved.tokenizer_hash, state.tokenizer_hash, "data.mask_token and model.context_length"),
+        "training set": (saved.data_fingerprint, state.data_fingerprint, "data.train"),
+        "data order": (
+            saved.order_fingerprint,
+            state.order_fingerprint,
+            "train.seed, train.global_batch_size, data.lanes and data.shuffle_window",
+        ),
     }
     for what, (old, new, keys) in checks.items():
         if old != new:
             raise ConfigError(
-                f"checkpoint {checkpoint} was made with another {what} ({old} is now {new}); "
-                f"restore {keys}, or start a new run_dir"
+                f"checkpoint {checkpoint} was made with another {what} ({old[:12]}, now {new[:12]}); "
+                f"restore {keys} as they were, or start a new --run_dir"
             )
     engine.method.load_method_state(saved.method_state)
     if engine.method.state_digest() != saved.method_digest:
-        console.warn(f"the method's state of {checkpoint.name} was adapted to this configuration")
-    saved.method_state = {}
-    saved.config = fresh.config
-    return saved
+        console.warn(f"the queue of {checkpoint.name} was adapted to this configuration")
+    state.bad_samples = saved.bad_samples
 
 
 def _open_run_dir(
@@ -231,12 +228,12 @@ def _announce(
     parameters = sum(_numel(shape) for shape in engine.parameter_shapes.values())
     samples = sum(data.loader.order.num_samples)
     console.line(
-        f"{config.recipe}: {config.method['name']} on {config.model.name}, {parameters / 1e6:.1f} M trained parameters, "
-        f"{samples} training pairs -> {run_dir}"
+        f"{config.recipe}: {config.method['name']} on {config.model.name}, {parameters / 1e6:.1f} M trained "
+        f"parameters, {samples} training pairs -> {run_dir}"
     )
     console.line(
-        f"{place.world_size} rank(s) on {engine.device.type} by {place.launcher}, ZeRO {engine.stage}, {precision}; batch "
-        f"{plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
+        f"{place.world_size} rank(s) on {engine.device.type} by {place.launcher}, ZeRO {engine.stage}, {precision}; "
+        f"batch {plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
         "(micro x accumulation x ranks)"
     )
     for line in engine.method.describe(plan.global_batch_size):

@@ -31,7 +31,7 @@ class TrainerState:
     config: str
     tokenizer_hash: str
     data_fingerprint: str
-    order: dict[str, Any]
+    order_fingerprint: str
     samples_seen: dict[str, int]
     bad_samples: int = 0
     method_state: dict[str, Any] = field(default_factory=dict)

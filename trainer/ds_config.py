@@ -143,9 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--ds_config {path}: no such file; the shipped ones are in ds_configs/ (e.g. zero2.json)")
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ConfigError(
-            f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes; that is no DeepSpeed configuration"
-        )
+        raise ConfigError(f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes, no DeepSpeed configuration")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

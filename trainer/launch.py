@@ -60,7 +60,7 @@ def _from_mpi() -> Place:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"started by mpirun, but mpi4py cannot be used ({error}); install the extra: pip install 'declip-trainer[mpi]'"
+            f"started by mpirun, but mpi4py cannot be used ({error}); pip install 'declip-trainer[mpi]'"
         ) from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)

@@ -77,7 +77,7 @@ def train(run: Run) -> None:
     last = config.train.steps
     if config.train.stop_after is not None:
         last = min(last, first + config.train.stop_after)
-    batches = run.data.steps(first)
+    batches = run.data.steps()
     preemption = Preemption(run.place.world_size)
     run.console.start(config.train.steps, first)
     try:
@@ -162,8 +162,10 @@ def _check_applied(run: Run, applied: bool) -> None:
 def _log_step(run: Run, terms: dict[str, Tensor], grad_norm: float, micro_batches: list[dict[str, Any]]) -> None:
     """Average the terms over ranks, agree on bad samples, write the record."""
     window, world_size, step = run.window, run.place.world_size, run.state.step
-    names = sorted(terms)
-    values = torch.stack([terms[name].detach().double().reshape(()) for name in names])
+    extras = run.engine.method.metrics()
+    names = [*sorted(terms), *sorted(extras)]
+    values = torch.stack([terms[name].detach().double().reshape(()) for name in sorted(terms)])
+    values = torch.cat([values, values.new_tensor([extras[name] for name in sorted(extras)])])
     fingerprints = torch.cat([batch["sample_hash"] for batch in micro_batches]).sum()
     counts = torch.tensor([len(window.bad), int(fingerprints) % _HASH_MODULUS], dtype=torch.int64)
     counts = counts.to(run.engine.device)

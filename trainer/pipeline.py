@@ -71,9 +71,7 @@ class TrainData:
     """The training data of a run on this rank.
 
     Attributes:
-        sources: Indexed sources.
-        loader: Yields this rank's micro-batches from any step.
-        fingerprint: Identity of the data set, for checkpoints.
+        loader: Yields this rank's micro-batches from the start step.
     """
 
     def __init__(
@@ -85,6 +83,7 @@ class TrainData:
         plan: BatchPlan,
         place: Place,
         device: torch.device,
+        start_step: int,
     ) -> None:
         self._accumulation_steps = plan.accumulation_steps
         self._device = device
@@ -107,19 +106,18 @@ class TrainData:
             micro_batch_size=plan.micro_batch_size,
             rank=place.rank,
             world_size=place.world_size,
+            start_step=start_step,
             lanes=config.data.lanes,
             shuffle_window=config.data.shuffle_window,
             workers=resolve_workers(config, place),
             prefetch=config.data.prefetch,
             pin_memory=device.type == "cuda",
         )
-        self.fingerprint = self.loader.fingerprint
 
-    def steps(self, first: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield the micro-batches of step `first`, `first` + 1, ... (0-based: `first` steps are done)."""
-        batches = self.loader.batches(first)
+    def steps(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the micro-batches of one step after the other, from the start step on."""
         while True:
-            yield [next(batches) for _ in range(self._accumulation_steps)]
+            yield [next(self.loader) for _ in range(self._accumulation_steps)]
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Copy a micro-batch's tensors to the device, without waiting when memory is pinned."""
@@ -127,11 +125,11 @@ class TrainData:
 
     def samples_seen(self, step: int) -> dict[str, int]:
         """Samples of each source after `step` steps."""
-        return self.loader.order.samples_seen(step)
+        return self.loader.samples_seen(step)
 
     def epoch(self, step: int) -> float:
         """Epochs of the first source after `step` steps."""
-        return next(iter(self.loader.order.epochs_seen(step).values()))
+        return next(iter(self.loader.epochs_seen(step).values()))
 
     def write_bad_samples(self, run_dir: Path, records: list[dict[str, str]], step: int) -> None:
         """Append to bad_samples.jsonl."""

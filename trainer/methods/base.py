@@ -88,6 +88,10 @@ class Method(nn.Module):
     def after_step(self) -> None:
         """What follows an optimizer step (a queue's enqueue, an EMA update). Called once per step on every rank."""
 
+    def metrics(self) -> dict[str, float]:
+        """Extras of the last step for the log, asked for at logged steps only and averaged over ranks."""
+        return {}
+
     def method_state(self) -> dict[str, Any]:
         """State beyond parameters and buffers, identical on every rank, for checkpoints."""
         return {}

@@ -84,9 +84,12 @@ class DeclipMethod(Method):
         self.queue = None
         if self.weights["w_nns"]:
             self.queue = NearestNeighborQueue(
-                settings.nns_queue_size, model.embed_dim, warmup=settings.nns_warmup, enqueue=settings.nns_enqueue
+                settings.nns_queue_size, model.embed_dim, warmup=settings.nns_warmup, enqueue_views=settings.nns_enqueue
             )
         self._pending: Tensor | None = None
+        # What `metrics` reports on, from the last step.
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._projections: Tensor | None = None
 
     def _text_views(self) -> tuple[str, ...]:
         if not self.weights["w_tss"]:
@@ -125,7 +128,7 @@ class DeclipMethod(Method):
         mlm_count = torch.zeros(1, dtype=torch.float64, device=scale.device)
         if self.weights["w_tss"]:
             mlm_count += features["mlm_targets"].numel()
-        slots, metrics = self._search(text_features)
+        slots = self._search(text_features)
         contrastive = contrastive_terms(
             image_features,
             text_features,
@@ -134,34 +137,45 @@ class DeclipMethod(Method):
             neighbour_slots=slots,
             neighbour_symmetric=self.settings.nns_symmetric,
             neighbour_mask_duplicates=self.settings.nns_mask_duplicates,
+            clip_pairs=None if self.weights["w_mvs"] else [(0, 0)],
             extra_sums=mlm_count,
             communication_dtype=self.communication_dtype,
         )
         self._pending = contrastive.gathered_text if self.queue is not None else None
-        terms = {"clip": contrastive.clip[0, 0], "mvs": (contrastive.clip.sum() - contrastive.clip[0, 0]) / 3.0}
+        terms = {"clip": contrastive.clip[0, 0]}
+        if self.weights["w_mvs"]:
+            terms["mvs"] = (contrastive.clip[0, 1] + contrastive.clip[1, 0] + contrastive.clip[1, 1]) / 3.0
         if self.weights["w_nns"]:
             # Nothing to search yet (warm-up `skip`): a zero that every rank agrees on, as `filled` is replicated.
             terms["nns"] = terms["clip"].detach() * 0.0 if contrastive.nns is None else contrastive.nns.mean()
         if self.weights["w_iss"]:
             projections, predictions = self.simsiam(features["image_features"])
             terms["iss"] = simsiam_loss(projections, predictions)
-            metrics["iss/std"] = feature_std(projections)
+            self._projections = projections.detach()
         if self.weights["w_tss"]:
             logits = self.mlm(features["mlm_rows"])
             terms["tss"] = masked_lm_loss(logits, features["mlm_targets"], contrastive.extra_sums[0])
         loss = sum(self.weights[f"w_{name}"] * term for name, term in terms.items() if self.weights[f"w_{name}"])
         detached = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        return {"loss": loss, **detached, "logit_scale": scale.detach(), **metrics}
+        return {"loss": loss, **detached, "logit_scale": scale.detach()}
 
-    def _search(self, text_features: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if self.queue is None:
-            return None, {}
-        filled = text_features.new_full((), float(self.queue.filled))
-        if not self.queue.ready:
-            return None, {"nns/filled": filled}
-        slots, cosine = self.queue.search(text_features.detach())
-        distinct, mean_cosine = neighbour_statistics(slots, cosine)
-        return slots, {"nns/filled": filled, "nns/mean_cosine": mean_cosine, "nns/distinct": distinct}
+    def _search(self, text_features: Tensor) -> Tensor | None:
+        if self.queue is None or not self.queue.ready:
+            return None
+        self._found = self.queue.search(text_features)
+        return self._found[0]
+
+    def metrics(self) -> dict[str, float]:
+        """Fill of the queue and health of the neighbours; spread of the SimSiam projections (0 when collapsed)."""
+        values = {}
+        if self.queue is not None:
+            values["nns/filled"] = float(self.queue.filled)
+            values["nns/skipped_blocks"] = float(self.queue.skipped_blocks)
+        if self._found is not None:
+            values |= {f"nns/{name}": value for name, value in neighbour_statistics(*self._found).items()}
+        if self._projections is not None:
+            values["iss/std"] = float(feature_std(self._projections))
+        return values
 
     def after_step(self) -> None:
         """Enqueue the step's captions; after the backward pass, which still reads the queue's rows."""
