@@ -191,16 +191,18 @@ class BlockLosses(torch.autograd.Function):
             grad_image, grad_text = _gradients(
                 slab, weights, row_lse, column_lse, keep, rows_needed=needs_image or needs_scale, text_needed=needs_text
             )
-        grad_scale = None
-        if needs_scale:
-            # The logits are scale * x.y, so their gradient contracted with x.y is x . (gradient of x) / scale.
-            grad_scale = torch.einsum("vbd,vbd->vb", image_features, grad_image).sum(dtype=torch.float64)
-            grad_scale = grad_scale.to(logit_scale.dtype).reshape(logit_scale.shape)
+            grad_scale = _scale_gradient(image_features, grad_image, logit_scale) if needs_scale else None
         if needs_image:
             grad_image.mul_(logit_scale)
         if needs_text:
             grad_text = reduce_scatter_rows(grad_text.mul_(logit_scale))
         return (grad_image if needs_image else None, grad_text, grad_scale, *[None] * (3 + len(targets)))
+
+
+def _scale_gradient(image_features: Tensor, grad_image: Tensor, logit_scale: Tensor) -> Tensor:
+    # A logit is scale * x.y: its gradient contracted with x.y is x . (gradient of x before the factor scale).
+    per_row = torch.einsum("vbd,vbd->vb", image_features, grad_image)
+    return per_row.sum(dtype=torch.float64).to(logit_scale.dtype).reshape(logit_scale.shape)
 
 
 def _gradients(

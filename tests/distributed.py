@@ -4,11 +4,13 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,22 @@ import torch.multiprocessing as mp
 
 # Once one rank has failed, the others are usually stuck in a collective that will never finish.
 _GRACE_AFTER_FAILURE_S = 1.0
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+)
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -54,6 +72,29 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         return _collect(connections, deadline, timeout_s)
     finally:
         _stop(processes)
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Records every collective started through torch.distributed inside the block, on this rank.
+
+    Yields:
+        A growing list of (name, bytes of the larger tensor argument), the latter being the traffic up to (W - 1) / W.
+    """
+    records: list[tuple[str, int]] = []
+    with ExitStack() as stack:
+        for name in _COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, _recording(name, getattr(dist, name), records)))
+        yield records
+
+
+def _recording(name: str, collective: Callable[..., Any], records: list[tuple[str, int]]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        records.append((name, max((tensor.nbytes for tensor in tensors), default=0)))
+        return collective(*args, **kwargs)
+
+    return recorded
 
 
 def _run_rank(
