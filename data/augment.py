@@ -174,7 +174,7 @@ def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarr
         resize_size: What the shorter side is resized to, at least image_size.
 
     Returns:
-        uint8 [3, image_size, image_size], equal to torchvision's Resize and CenterCrop.
+        uint8 [3, image_size, image_size], torchvision's Resize and CenterCrop up to rounding.
     """
     width, height = image.size
     shorter = min(width, height)
@@ -230,7 +230,7 @@ AUGMENTATIONS = {
     ),
     # Captions of symbols name colours, sides and directions: no flip, no hue, no grayscale, no strong crop or rotation.
     "glyph": ImageAugmentation(
-        crop_scale=(0.8, 1.0),
+        crop_scale=(0.85, 1.0),
         crop_ratio=(0.85, 1.18),
         rotation=8.0,
         shift=0.06,

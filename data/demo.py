@@ -15,6 +15,10 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
+from PIL import Image
+from PIL import __version__ as pillow_version
+
 from data.cache import cache_dir as default_cache_dir
 from data.demo_captions import captions
 from data.demo_glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
@@ -55,8 +59,6 @@ def ensure_unicode_symbols(cache_dir: Path) -> UnicodeSymbols:
     Args:
         cache_dir: Folder for made files; created if needed.
     """
-    from filelock import FileLock
-
     root = Path(cache_dir) / f"{NAME}-{VERSION}"
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -66,16 +68,16 @@ def ensure_unicode_symbols(cache_dir: Path) -> UnicodeSymbols:
     return _describe(root)
 
 
-def resolve_builtin(name: str, cache_dir: Path) -> list[str] | None:
+def resolve_builtin(name: str, cache_dir: Path | None) -> list[str] | None:
     """Returns the training shards of a built-in set, or None if there is no such set.
 
     Args:
         name: For example "unicode-symbols".
-        cache_dir: Folder for made files.
+        cache_dir: Folder for made files; None for the project's own.
     """
     if name != NAME:
         return None
-    return [str(shard) for shard in ensure_unicode_symbols(cache_dir).train]
+    return [str(shard) for shard in ensure_unicode_symbols(cache_dir or default_cache_dir()).train]
 
 
 def render_unicode_symbols(
@@ -162,8 +164,6 @@ def _sample(glyph: Glyph, wordings: list[str]) -> dict:
 
 
 def _png(picture: bytes) -> bytes:
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.frombytes("L", (IMAGE_SIZE, IMAGE_SIZE), picture).save(buffer, "PNG")
     return buffer.getvalue()
@@ -180,12 +180,11 @@ def _write_shard(path: Path, samples: Iterable[dict]) -> None:
 
 def _manifest(splits: Splits) -> dict:
     import matplotlib
-    import PIL
 
     return {
         "name": NAME,
         "version": VERSION,
-        "made_with": {"matplotlib": matplotlib.__version__, "pillow": PIL.__version__},
+        "made_with": {"matplotlib": matplotlib.__version__, "pillow": pillow_version},
         "typefaces": list(TYPEFACES),
         "held_out_typeface": HELD_OUT_TYPEFACE,
         "samples": {name: len(getattr(splits, name)) for name in ("train", *EVALUATION_SETS)},

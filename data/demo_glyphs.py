@@ -4,6 +4,8 @@ import unicodedata
 from collections.abc import Container
 from pathlib import Path
 
+from PIL import Image, ImageFont
+
 __all__ = ["IMAGE_SIZE", "TYPEFACES", "render_typeface"]
 
 IMAGE_SIZE = 32
@@ -69,11 +71,9 @@ class _Pen:
 
     def __init__(self, path: Path):
         self._path = str(path)
-        self._fonts = {}
+        self._fonts: dict[int, ImageFont.FreeTypeFont] = {}
 
     def draw(self, character: str) -> bytes | None:
-        from PIL import Image
-
         size = _EM_SIZE
         room = IMAGE_SIZE - 2 * _MARGIN
         while True:
@@ -89,9 +89,7 @@ class _Pen:
         picture.paste("black", ((IMAGE_SIZE - width) // 2, row), Image.frombytes("L", mask.size, bytes(mask)))
         return picture.tobytes()
 
-    def _font(self, size: int):
-        from PIL import ImageFont
-
+    def _font(self, size: int) -> ImageFont.FreeTypeFont:
         if size not in self._fonts:
             # Basic layout is built into Pillow: the pictures do not depend on whether a text shaper is installed.
             self._fonts[size] = ImageFont.truetype(self._path, size, layout_engine=ImageFont.Layout.BASIC)

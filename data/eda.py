@@ -123,7 +123,8 @@ def _keep_punctuation(word: str, synonym: str) -> str:
 def _swap(words: list[str], rng: np.random.Generator) -> list[str]:
     if len(words) < 2:
         return words
-    first, second = rng.choice(len(words), size=2, replace=False)
+    first, second = rng.integers(len(words)), rng.integers(len(words) - 1)
+    second += second >= first
     words[first], words[second] = words[second], words[first]
     return words
 
