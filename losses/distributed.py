@@ -29,9 +29,9 @@ def all_gather_rows(local: Tensor) -> Tensor:
     if ranks == 1:
         return local
     num_views, rows = local.shape[:2]
-    gathered = local.new_empty(ranks, *local.shape)
+    gathered = local.new_empty(ranks * num_views, *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous())
-    return gathered.transpose(0, 1).reshape(num_views, ranks * rows, *local.shape[2:])
+    return gathered.view(ranks, *local.shape).transpose(0, 1).reshape(num_views, ranks * rows, *local.shape[2:])
 
 
 def reduce_scatter_rows(partial: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def reduce_scatter_rows(partial: Tensor) -> Tensor:
     if ranks == 1:
         return partial
     num_views, rows = partial.shape[0], partial.shape[1] // ranks
-    by_rank = partial.reshape(num_views, ranks, rows, *partial.shape[2:]).transpose(0, 1).contiguous()
-    own = partial.new_empty(by_rank.shape[1:])
+    by_rank = partial.reshape(num_views, ranks, rows, *partial.shape[2:]).transpose(0, 1).flatten(0, 1).contiguous()
+    own = partial.new_empty(num_views, rows, *partial.shape[2:])
     dist.reduce_scatter_tensor(own, by_rank, op=dist.ReduceOp.SUM)
     return own
 
