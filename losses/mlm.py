@@ -19,7 +19,8 @@ def masked_lm_loss(logits: Tensor, targets: Tensor, global_count: Tensor | int) 
     Args:
         logits: [n, vocab_size], the head's output at the masked positions only; n may be 0.
         targets: int64 [n], original token ids; -100 marks a row to ignore.
-        global_count: Number of counted targets over all ranks (see `ContrastiveTerms.extra_sums`); 0 is allowed.
+        global_count: Number of counted targets over all ranks, one element (see `ContrastiveTerms.extra_sums`); 0 is
+            allowed.
 
     Returns:
         Scalar float32, this rank's share; exactly 0, with a zero gradient on the head, when n is 0.
@@ -28,5 +29,5 @@ def masked_lm_loss(logits: Tensor, targets: Tensor, global_count: Tensor | int) 
     mean is global instead of per rank.
     """
     total = F.cross_entropy(at_least_fp32(logits), targets, ignore_index=IGNORED_TARGET, reduction="sum")
-    count = torch.as_tensor(global_count, dtype=total.dtype, device=total.device).clamp_min(1)
+    count = torch.as_tensor(global_count, dtype=total.dtype, device=total.device).reshape(()).clamp_min(1)
     return total * world_size() / count
