@@ -141,7 +141,8 @@ def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
     """Yields the members of an archive in one pass over its headers.
 
     Understands ustar, old V7, GNU long names and pax headers (path, size). Folders and special files are passed over.
-    Members keep the order of the archive.
+    Members keep the order of the archive. One that ends behind a member without an end mark is taken as whole, as
+    tar and tarfile do.
 
     Args:
         stream: Seekable binary file, positioned anywhere. Best buffered by some 64 KiB, so that small members cost no
@@ -172,7 +173,9 @@ def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
             size = _pax_size(pax, size)
         if kind in _NO_PAYLOAD:
             size = 0
-        if payload_at + size > file_size:
+        next_position = payload_at + (size + BLOCK - 1) // BLOCK * BLOCK
+        # Payloads are padded to whole blocks, so missing padding too means that the rest of the archive is lost.
+        if next_position > file_size:
             raise TarError(f"the end of the file inside the member at byte {position}")
         if kind == b"L":
             long_name = _payload(stream, size).split(b"\0", 1)[0]
@@ -186,7 +189,7 @@ def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
             if kind in _LINKS or (kind in _REGULAR and not raw_name.endswith(b"/")):
                 yield TarMember(_decode(raw_name), payload_at, size, is_link=kind in _LINKS)
             long_name, pax = None, {}
-        position = payload_at + (size + BLOCK - 1) // BLOCK * BLOCK
+        position = next_position
 
 
 def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
