@@ -18,7 +18,7 @@ from trainer.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.launch import Place
-from trainer.loop import Run
+from trainer.loop import STOPPED_EARLY, Run
 from trainer.methods import METHODS, Method, parse_method
 from trainer.metrics import Console, MetricsWriter, truncate_metrics
 from trainer.pipeline import TrainData, build_tokenizer, index_sources
@@ -206,6 +206,7 @@ def _open_run_dir(
         return None
     (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (run_dir / "ds_config.json").write_text(json.dumps(resolved.config, indent=2) + "\n", encoding="utf-8")
+    (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
     dropped = truncate_metrics(run_dir, state.step)
     metrics = MetricsWriter(run_dir, config.logging)
     if checkpoint is not None:

@@ -69,6 +69,8 @@ class EvalConfig(Section):
     every: int = Field(0, ge=0)
     at_end: bool = True
     batch_size: int = Field(256, ge=1)
+    # Shorter side before the centre crop; None resizes straight to the model's image size.
+    resize_size: int | None = Field(None, ge=8)
     sets: dict[str, EvalSet] = {}
 
 

@@ -26,6 +26,8 @@ from trainer.pipeline import TrainData
 from trainer.preemption import Preemption
 from trainer.schedule import learning_rate
 
+# Left in the run folder when a signal ended the run before its last step: the job script requeues itself on it.
+STOPPED_EARLY = "stopped_early"
 # The logged data_hash is a sum of sample fingerprints modulo this: the same number at any world size, and 2^15 ranks
 # fit into an int64.
 _HASH_MODULUS = 1 << 48
@@ -79,6 +81,7 @@ def train(run: Run) -> None:
         last = min(last, first + config.train.stop_after)
     batches = run.data.steps()
     preemption = Preemption(run.place.world_size)
+    stopped = False
     run.console.start(config.train.steps, first)
     try:
         for step in range(first + 1, last + 1):
@@ -95,11 +98,14 @@ def train(run: Run) -> None:
                 _save(run)
             if preemption.should_stop():
                 run.console.line(f"told to stop: saving at step {step}")
+                stopped = True
                 break
         if run.last_saved != run.state.step and run.state.step > first:
             _save(run)
         if run.state.step == config.train.steps and config.eval.at_end:
             _evaluate(run)
+        if stopped and run.place.is_main and run.state.step < config.train.steps:
+            (run.run_dir / STOPPED_EARLY).touch()
     finally:
         run.console.stop()
         preemption.close()

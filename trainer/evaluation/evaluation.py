@@ -69,49 +69,51 @@ class Evaluation:
         batch_size = self._config.eval.batch_size
         image_size = engine.method.model.image_tower.image_size
         loader = build_eval_loader(
-            data.source,
-            EvalTransform(image_size, max_image_pixels=self._config.data.max_image_pixels),
+            [data.source],
+            EvalTransform(image_size, self._config.eval.resize_size, self._config.data.max_image_pixels),
             store=self._store,
             rank=self._place.rank,
             world_size=self._place.world_size,
             batch_size=batch_size,
-            workers=min(resolve_workers(self._config, self._place), -(-data.num_samples // batch_size)),
             max_samples=data.max_samples,
+            workers=resolve_workers(self._config, self._place),
         )
         records: dict[int, tuple[list[str], dict]] = {}
-        batches = -(-data.num_samples // batch_size)
-        rounds = -(-batches // self._place.world_size)
-        noted = _note_records(loader, records)
-        images = encode_images(engine, noted, data.num_samples, rounds, image_size)
-        captions, labels = self._gather_records(records, data)
+        rounds = -(-data.num_samples // (batch_size * self._place.world_size))
+        images = encode_images(engine, _note_records(loader, records), data.num_samples, rounds, image_size)
+        merged = self._merge_records(records)
+        # Samples that could not be read have no record and leave the set.
+        kept = sorted(merged)
+        images = images[torch.tensor(kept, device=engine.device)]
         figures: dict[str, float] = {}
         if "zero_shot" in data.tasks:
+            labels = _labels([merged[index][1] for index in kept], data)
             classes = class_embeddings(engine, self._tokenizer, data.class_names, data.templates, batch_size)
             figures |= zero_shot_figures(images, torch.tensor(labels, device=engine.device), classes)
         if "retrieval" in data.tasks:
+            captions = [merged[index][0] for index in kept]
             texts = [caption for entry in captions for caption in entry]
-            owners = [index for index, entry in enumerate(captions) for _ in entry]
+            owners = [row for row, entry in enumerate(captions) for _ in entry]
             embeddings = encode_texts(engine, self._tokenizer, texts, batch_size)
             figures |= retrieval_figures(images, embeddings, torch.tensor(owners, device=engine.device))
-        return figures
+        return figures | {"samples": len(kept), "unreadable": data.num_samples - len(kept)}
 
-    def _gather_records(
-        self, records: dict[int, tuple[list[str], dict]], data: EvalData
-    ) -> tuple[list[list[str]], list[int]]:
-        """Captions and labels of the whole set on every rank. Collective."""
+    def _merge_records(self, records: dict[int, tuple[list[str], dict]]) -> dict[int, tuple[list[str], dict]]:
+        """Captions and metadata of the whole set on every rank. Collective."""
         parts: list = [None] * self._place.world_size
         torch.distributed.all_gather_object(parts, records)
-        merged = {index: record for part in parts for index, record in part.items()}
-        ordered = [merged[index] for index in range(data.num_samples)]
-        labels = [metadata.get("cls", metadata.get("label", -1)) for _, metadata in ordered]
-        if "zero_shot" in data.tasks:
-            bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < len(data.class_names)]
-            if bad:
-                raise ConfigError(
-                    f"eval set '{data.name}': label {bad[0]!r} is not in [0, {len(data.class_names)}); "
-                    "each sample needs a .cls member that indexes classnames.txt"
-                )
-        return [captions for captions, _ in ordered], labels
+        return {index: record for part in parts for index, record in part.items()}
+
+
+def _labels(metadata: list[dict], data: EvalData) -> list[int]:
+    labels = [entry.get("cls") for entry in metadata]
+    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < len(data.class_names)]
+    if bad:
+        raise ConfigError(
+            f"eval set '{data.name}': label {bad[0]!r} is not in [0, {len(data.class_names)}); "
+            "each sample needs a .cls member that indexes classnames.txt"
+        )
+    return labels
 
 
 def _note_records(loader: Iterator[dict], records: dict[int, tuple[list[str], dict]]) -> Iterator[dict]:
