@@ -1,0 +1,21 @@
+#!/bin/bash
+# DeCLIP, ViT-B/32, YFCC15M: 32 ranks x 128.
+#   sbatch slurm/declip_yfcc15m_vitb32.sh
+#SBATCH --job-name=declip_yfcc15m_vitb32
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=48:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+
+# Site settings: edit this block, or set the same names in the environment (account and partition: sbatch -A ... -p ...).
+export VENV=${VENV:-}                # virtual environment with declip-trainer installed
+export CONTAINER=${CONTAINER:-}      # or a container image, where the site uses pyxis
+export DATA=${DATA:-}                # shards, e.g. '/data/yfcc15m/{00000..01538}.tar'; empty: as in the recipe
+
+export RECIPE=${RECIPE:-declip_yfcc15m_vitb32} DS_CONFIG=${DS_CONFIG:-ds_configs/zero1.json}
+exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/launch.sh"
