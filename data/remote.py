@@ -5,6 +5,7 @@ by rename, complete or not at all; a lock file makes one process fetch what seve
 go first when the folder is full. A file that is removed while open stays readable for whoever has it open.
 """
 
+import errno
 import hashlib
 import http.client
 import os
@@ -28,7 +29,9 @@ DEFAULT_CACHE_BYTES = 100 << 30
 _CHUNK = 1 << 20
 _LOCK_FILES = 1024
 _PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410, 451})
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _REMEMBER_FAILURE_S = 120.0
+_ABANDONED_S = 6 * 3600.0
 _MAX_BACKOFF_S = 30.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 
@@ -221,7 +224,9 @@ class RemoteCache:
                 permanent=error.code in _PERMANENT_STATUS,
                 absent=error.code in (403, 404, 410),
             ) from None
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in _DISK_ERRORS:
+                raise
             raise FetchError(f"{display_name(url)}: {error or type(error).__name__}") from None
         if expected is not None and int(expected) != written:
             raise FetchError(f"{display_name(url)}: got {written} of {expected} bytes")
@@ -229,20 +234,20 @@ class RemoteCache:
     def _evict(self, keep: Path) -> None:
         with FileLock(self.folder / "locks" / "evict.lock"):
             files = []
-            for entry in os.scandir(self.folder):
-                if not entry.name.endswith(".shard"):
-                    continue
+            for path in self.folder.glob("*.shard"):
                 try:
-                    status = entry.stat()
+                    status = path.stat()
                 except FileNotFoundError:
                     continue
-                files.append((status.st_mtime_ns, status.st_size, entry.path))
+                files.append((status.st_mtime, status.st_size, path))
             total = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total <= self.max_bytes:
-                    return
-                if path != str(keep) and not Path(path).name.startswith("."):
-                    Path(path).unlink(missing_ok=True)
+            for used, size, path in sorted(files):
+                # Hidden files are being written; one that has not grown for hours lost its writer.
+                unfinished = path.name.startswith(".")
+                if unfinished and time.time() - used < _ABANDONED_S:
+                    continue
+                if path != keep and (unfinished or total > self.max_bytes):
+                    path.unlink(missing_ok=True)
                     total -= size
 
 
@@ -281,6 +286,8 @@ def _download_fsspec(url: str, scheme: str, target: Path) -> None:
     except PermissionError as error:
         raise FetchError(f"{display_name(url)}: {error}", permanent=True) from None
     except Exception as error:
+        if getattr(error, "errno", None) in _DISK_ERRORS:
+            raise
         # Storage back ends raise exceptions of their own client libraries.
         raise FetchError(f"{display_name(url)}: {type(error).__name__}: {error}") from None
     if expected is not None and expected != written:
