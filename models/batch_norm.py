@@ -106,8 +106,7 @@ class BatchNorm(nn.Module):
     def _normalise_across_ranks(self, x: Tensor) -> Tensor:
         num_views = x.shape[0] if x.ndim == 3 else 1
         # Views become extra channels, so that one reduction serves them all.
-        columns = x.transpose(0, 1).flatten(1) if x.ndim == 3 else x
-        columns = _dense(columns)
+        columns = _dense(x.transpose(0, 1).flatten(1) if x.ndim == 3 else x)
         mean, var, count = _global_statistics(columns.detach(), self.eps)
         if self._tracks_this_forward():
             self._update_running_statistics(mean, var, count, num_views)

@@ -46,7 +46,8 @@ def test_matches_torch_layer_in_training_and_evaluation(shape):
     assert layer.state_dict().keys() == reference.state_dict().keys()
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(layer.state_dict()[name], value)
-    layer.eval(), reference.eval()
+    layer.eval()
+    reference.eval()
     torch.testing.assert_close(layer(make_input(shape, 9)), reference(make_input(shape, 9)))
 
 
@@ -60,7 +61,8 @@ def test_views_are_normalised_one_after_another():
     assert layer.num_batches_tracked == 3
     together = make_layer()(x.flatten(0, 1)).view_as(x)
     assert (together - expected).abs().max() > 0.5
-    layer.eval(), reference.eval()
+    layer.eval()
+    reference.eval()
     torch.testing.assert_close(layer(x), torch.stack([reference(view) for view in x]))
 
 

@@ -46,7 +46,8 @@ def make_captions(vocab_size: int, positions: int, lengths: list[int]) -> tuple[
 def assert_same_outputs(model: ClipModel, reference: open_clip.CLIP, image_size: int, captions) -> None:
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(3))
     token_ids, text_lengths = captions
-    model.eval(), reference.eval()
+    model.eval()
+    reference.eval()
     with torch.no_grad():
         image_features, text_features = reference.encode_image(images), reference.encode_text(token_ids)
         assert image_features.std() > 1e-3 and text_features.std() > 1e-3

@@ -74,6 +74,7 @@ def encode_both_ways_on_rank(rank: int, world_size: int) -> list[dict[str, torch
     return [encode_on_rank(rank, world_size, recompute) for recompute in (False, True)]
 
 
+@pytest.mark.slow
 def test_synchronised_ranks_equal_one_process():
     expected = encode_on_rank(0, 1)
     buffer_names = dict(make_tower().named_buffers())

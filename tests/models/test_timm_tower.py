@@ -25,7 +25,8 @@ def test_equals_the_timm_backbone_and_a_projection(name):
     reference = timm.create_model(name, num_classes=0, **size)
     reference.load_state_dict(tower.trunk.state_dict())
     for training in (True, False):
-        tower.train(training), reference.train(training)
+        tower.train(training)
+        reference.train(training)
         expected = reference(make_images()) @ tower.proj.weight.T
         torch.testing.assert_close(tower(make_images()), expected, atol=1e-5, rtol=1e-4)
     for key, value in reference.state_dict().items():
@@ -34,6 +35,10 @@ def test_equals_the_timm_backbone_and_a_projection(name):
 
 def test_batch_norms_are_found_and_replaced():
     tower = make_tower()
+    torch.manual_seed(0)
+    initial = timm.create_model("regnety_002", num_classes=0).state_dict()
+    assert initial.keys() == tower.trunk.state_dict().keys()
+    assert all(torch.equal(value, initial[key]) for key, value in tower.trunk.state_dict().items())
     assert tower.has_batch_norm
     assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in tower.modules())
     assert all(layer.sync for layer in tower.modules() if isinstance(layer, BatchNorm))
