@@ -77,7 +77,7 @@ def contrastive_terms(
         neighbour_symmetric: Add the direction from neighbour to image, averaged with the other.
         neighbour_mask_duplicates: Drop negatives that are the same neighbour as the row's positive.
         clip_pairs: The (v, k) to compute; the other entries of `clip` are 0 and cost nothing. None means all.
-        extra_sums: float64 [k], summed over ranks inside the all-reduce, for instance a count of masked tokens.
+        extra_sums: [k], summed over ranks in float64 inside the all-reduce, for instance a count of masked tokens.
         communication_dtype: Round text features to this type for the gather; own rows are rounded too, so that all
             ranks see equal values, and the gradient passes straight through. Gradients are summed unrounded.
         slab_budget_bytes: Logits kept for the backward pass; what exceeds it is computed a second time.
@@ -94,39 +94,39 @@ def contrastive_terms(
     and neighbours are those of the global batch.
     """
     _check_features(image_features, text_features, logit_scale)
-    num_image_views, local_rows = image_features.shape[:2]
-    num_text_views = text_features.shape[0]
+    pairs = [(v, k) for v in range(image_features.shape[0]) for k in range(text_features.shape[0])]
+    chosen = pairs if clip_pairs is None else _check_pairs(clip_pairs, pairs)
     gathered_text = _gather_text(text_features, communication_dtype)
     neighbours, gathered_slots = _gather_neighbours(
         text_features, queue_rows, neighbour_slots, neighbour_vectors, neighbour_mask_duplicates
     )
-    pairs = _all_pairs(num_image_views, num_text_views)
-    clip_blocks = [Block(v, k) for v, k in (pairs if clip_pairs is None else _check_pairs(clip_pairs, pairs))]
-    neighbour_blocks = [
-        Block(v, num_text_views + k, neighbour_symmetric, k if neighbour_mask_duplicates else None)
-        for v, k in (pairs if neighbours is not None else [])
-    ]
+    # The symmetric blocks must come first; a neighbour block's columns follow those of the text views.
+    blocks = [Block(v, k) for v, k in chosen]
+    if neighbours is not None:
+        masked = neighbour_mask_duplicates
+        blocks += [Block(v, len(gathered_text) + k, neighbour_symmetric, k if masked else None) for v, k in pairs]
     plan = Plan(
-        blocks=(*clip_blocks, *neighbour_blocks),
-        num_text_views=num_text_views,
-        first_column=rank() * local_rows,
+        blocks=tuple(blocks),
+        num_text_views=len(gathered_text),
+        first_column=rank() * image_features.shape[1],
         tile_rows=tile_rows or _default_tile_rows(gathered_text),
         slab_budget_bytes=slab_budget_bytes,
     )
-    if extra_sums is None:
-        extra_sums = image_features.new_empty(0, dtype=torch.float64)
-    targets = (*gathered_text.unbind(), *(() if neighbours is None else neighbours.unbind()))
+    extra_sums = torch.empty(0) if extra_sums is None else extra_sums
     losses, extra_sums = BlockLosses.apply(
-        image_features, text_features, logit_scale, plan, extra_sums, gathered_slots, *targets
+        image_features,
+        text_features,
+        logit_scale,
+        plan,
+        extra_sums.to(image_features.device, torch.float64),
+        gathered_slots,
+        *gathered_text.unbind(),
+        *(() if neighbours is None else neighbours.unbind()),
     )
-    clip, nns = losses.split([len(clip_blocks), len(neighbour_blocks)])
-    if clip_pairs is not None:
-        # No index tensor: copying one to an accelerator would wait for its queue of work.
-        computed = dict(zip(((block.image, block.target) for block in clip_blocks), clip.unbind(), strict=True))
-        clip = torch.stack([computed.get(pair, losses.new_zeros(())) for pair in pairs])
+    shape = (image_features.shape[0], text_features.shape[0])
     return ContrastiveTerms(
-        clip=clip.view(num_image_views, num_text_views),
-        nns=None if neighbours is None else nns.view(num_image_views, num_text_views),
+        clip=_spread(losses[: len(chosen)], chosen, pairs).view(shape),
+        nns=None if neighbours is None else losses[len(chosen) :].view(shape),
         gathered_text=gathered_text,
         gathered_slots=gathered_slots,
         extra_sums=extra_sums,
@@ -150,15 +150,20 @@ def _check_features(image_features: Tensor, text_features: Tensor, logit_scale: 
         raise ValueError(f"contrastive_terms got logit_scale of shape {tuple(logit_scale.shape)}, expected one element")
 
 
-def _check_pairs(clip_pairs: Sequence[tuple[int, int]], pairs: list[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    unknown = [pair for pair in clip_pairs if tuple(pair) not in pairs]
-    if unknown or len(set(clip_pairs)) != len(clip_pairs):
-        raise ValueError(f"contrastive_terms got clip_pairs {list(clip_pairs)}, expected distinct entries of {pairs}")
-    return clip_pairs
+def _check_pairs(clip_pairs: Sequence[tuple[int, int]], pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    chosen = [(v, k) for v, k in clip_pairs]
+    if not set(chosen) <= set(pairs) or len(set(chosen)) != len(chosen):
+        raise ValueError(f"contrastive_terms got clip_pairs {chosen}, expected distinct entries of {pairs}")
+    return chosen
 
 
-def _all_pairs(num_image_views: int, num_text_views: int) -> list[tuple[int, int]]:
-    return [(v, k) for v in range(num_image_views) for k in range(num_text_views)]
+def _spread(values: Tensor, chosen: list[tuple[int, int]], pairs: list[tuple[int, int]]) -> Tensor:
+    """The chosen pairs' values at their places among all pairs, 0 elsewhere."""
+    if chosen == pairs:
+        return values
+    # No index tensor: copying one to an accelerator would wait for its queue of work.
+    computed = dict(zip(chosen, values.unbind(), strict=True))
+    return torch.stack([computed.get(pair, values.new_zeros(())) for pair in pairs])
 
 
 def _gather_text(text_features: Tensor, communication_dtype: torch.dtype | None) -> Tensor:
