@@ -55,3 +55,13 @@ def test_rows_are_independent_queries():
     together = shuffled_index(index, sizes, keys)
     alone = [shuffled_index(index[i : i + 1], sizes[i : i + 1], keys[i : i + 1])[0] for i in range(5)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_every_element_is_equally_likely_at_every_place(size):
+    draws = 50_000
+    keys = combine64(7, np.arange(draws))
+    for place in range(size):
+        counts = np.bincount(shuffled_index(np.full(draws, place), np.full(draws, size), keys), minlength=size)
+        deviation = np.sqrt(draws * (1 - 1 / size) / size)
+        assert np.abs(counts - draws / size).max() < 5 * deviation
