@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from losses.distributed import all_reduce_sum_, world_size
 from losses.functional import normalize
 
 
@@ -35,10 +36,17 @@ def simsiam_loss(projections: Tensor, predictions: Tensor) -> Tensor:
 def feature_std(features: Tensor) -> Tensor:
     """Mean over dimensions of the standard deviation of unit-length features: a detector of collapse.
 
+    Two all-reduces, so that the figure is the global batch's whatever the number of ranks.
+
     Args:
-        features: [V, n, D], n > 1 samples of V views; statistics are per view, then averaged.
+        features: [V, n, D], samples of V views on this rank, n equal on all ranks and W * n > 1; statistics are per
+            view, then averaged.
 
     Returns:
         Scalar float32: about 1 / sqrt(D) when healthy, towards 0 when all samples share one direction.
     """
-    return normalize(features).std(dim=-2).mean()
+    unit = normalize(features).double()
+    count = unit.shape[-2] * world_size()
+    mean = all_reduce_sum_(unit.sum(dim=-2)) / count
+    squares = all_reduce_sum_((unit - mean.unsqueeze(-2)).square().sum(dim=-2))
+    return (squares / (count - 1)).sqrt().mean().float()

@@ -3,7 +3,6 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from data.tokenizer import ClipTokenizer
 from models.registry import build_model
+from trainer.agreement import on_main, together
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
@@ -71,12 +71,14 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             print(describe_plan(config, method, resolved, plan, precision))
         return None
     init_distributed(device, place)
-    lock = _lock_run_dir(run_dir, place)
-    checkpoint = _agree_on_checkpoint(run_dir, arguments.resume, place, console)
+    lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
+    checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
+    for warning in warnings:
+        console.warn(warning)
     sources = index_sources(config, place)
-    evaluation = Evaluation(config, tokenizer, place)
+    evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
-    method = build_method(config, tokenizer)
+    method = together(lambda: build_method(config, tokenizer))
     _check_queue(config, sources)
     if config.train.compile:
         method.model.image_tower.compile()
@@ -85,7 +87,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     engine.broadcast_buffers()
     saved = None if checkpoint is None else load_checkpoint(engine, checkpoint, place.rank, place.world_size)
     start_step = saved.step if saved else 0
-    data = TrainData(config, method, tokenizer, sources, plan, place, device, start_step)
+    data = together(lambda: TrainData(config, method, tokenizer, sources, plan, place, device, start_step))
     state = TrainerState(
         start_step, dump_config(config), tokenizer.hash, data.loader.fingerprint, data.loader.order_fingerprint, {}
     )
@@ -117,46 +119,19 @@ def build_method(config: RunConfig, tokenizer: ClipTokenizer) -> Method:
     return method
 
 
-def _lock_run_dir(run_dir: Path, place: Place) -> FileLock | None:
-    """Take the folder for this run; the lock falls with the process, however it ends. Collective."""
-    lock, failure = None, None
-    if place.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(run_dir / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            failure = f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
-        except OSError as error:
-            failure = f"run_dir {run_dir} cannot be written ({error.strerror}); choose another --run_dir"
-    _raise_together(failure)
-    return lock
-
-
-def _agree_on_checkpoint(run_dir: Path, resume: str, place: Place, console: Console) -> Path | None:
-    found, failure = None, None
-    if place.is_main:
-        try:
-            found, warnings = find_checkpoint(run_dir, resume)
-            for warning in warnings:
-                console.warn(warning)
-        except ConfigError as error:
-            failure = str(error)
-    _raise_together(failure)
-    return _from_main(found)
-
-
-def _raise_together(failure: str | None) -> None:
-    """End every rank with rank 0's message. Collective."""
-    failure = _from_main(failure)
-    if failure:
-        raise ConfigError(failure)
-
-
-def _from_main(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _lock_run_dir(run_dir: Path) -> FileLock:
+    """Take the folder for this run; the lock falls with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        raise ConfigError(
+            f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another") from None
 
 
 def _check_queue(config: RunConfig, sources: list) -> None:

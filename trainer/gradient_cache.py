@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.batch_norm import frozen_running_statistics
 from trainer.engine import Engine
 
 
@@ -43,7 +44,9 @@ def cached_step(engine: Engine, micro_batches: list[dict[str, Any]]) -> dict[str
     after = _random_state(engine.device)
     for index, batch in enumerate(micro_batches):
         _restore_random_state(states[index], engine.device)
-        encoded = engine("encode", batch)
+        # Running statistics saw this micro-batch in the first pass.
+        with frozen_running_statistics(engine.method):
+            encoded = engine("encode", batch)
         surrogate = sum((encoded[name].float() * parts[index]).sum() for name, parts in gradients.items())
         engine.backward(surrogate, last=index == len(micro_batches) - 1)
     _restore_random_state(after, engine.device)

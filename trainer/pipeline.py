@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data.augment import AUGMENTATIONS, ImageAugmentation
 from data.cache import cache_dir
@@ -18,6 +17,7 @@ from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform
 from data.sources import parse_sources
 from data.tokenizer import ClipTokenizer
+from trainer.agreement import together
 from trainer.config import RunConfig
 from trainer.ds_config import BatchPlan
 from trainer.errors import ConfigError
@@ -146,18 +146,16 @@ def index_sources(config: RunConfig, place: Place) -> list[IndexedSource]:
     """Index the training shards, the work spread over the ranks. Collective.
 
     Raises:
-        DataError: A shard is missing, damaged or without usable samples.
-        ConfigError: More samples than `data.max_bad_fraction` lack an image or a caption.
+        ConfigError: A shard is missing, damaged or without usable samples, or more samples than
+            `data.max_bad_fraction` lack an image or a caption.
     """
     cache, store = project_cache(config), index_store(config)
-    # One rank renders or lists first, so that the others find it done.
-    if place.is_main:
-        parse_sources(config.data.train, cache)
-    dist.barrier()
-    parsed = parse_sources(config.data.train, cache)
-    index_shards([s for source in parsed for s in source.shards], place.rank, place.world_size, store=store)
-    dist.barrier()
-    sources = load_sources(parsed, store)
+    # Rank 0 renders or lists first, so that the others find it done.
+    together(lambda: parse_sources(config.data.train, cache) if place.is_main else None)
+    parsed = together(lambda: parse_sources(config.data.train, cache))
+    shards = [shard for source in parsed for shard in source.shards]
+    together(lambda: index_shards(shards, place.rank, place.world_size, store=store))
+    sources = together(lambda: load_sources(parsed, store))
     for source in sources:
         total = source.num_samples + source.num_excluded
         if source.num_excluded > config.data.max_bad_fraction * total:

@@ -13,6 +13,13 @@ from trainer.launch import Place
 USER_ERROR = 2
 # Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
 _GRACE_SECONDS = 1.0
+_LOST_CONTACT_SECONDS = 5.0
+_LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+)
 
 
 @contextmanager
@@ -30,7 +37,11 @@ def reported_errors(place: Place) -> Iterator[None]:
         _leave(place, f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
         _leave(place, "interrupted", 130)
-    except Exception:
+    except Exception as error:
+        if _is_lost_contact(error):
+            # The rank that failed prints why; leaving after it lets its exit code be the job's.
+            time.sleep(_LOST_CONTACT_SECONDS)
+            _leave(place, "lost contact with another rank, whose message above is the cause", 1)
         _leave(place, traceback.format_exc(), 1)
 
 
@@ -41,6 +52,10 @@ def _leave(place: Place, message: str, code: int) -> None:
     print(f"{prefix}{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT)
 
 
 def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:

@@ -126,7 +126,7 @@ def _join_partitions(parts: list[Tensor], layout: Layout, index: int) -> Tensor:
 def _stage12_pieces(shard: dict[str, Any], index: int) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
     flat = shard["single_partition_of_fp32_groups"][index]
     base = shard["base_optimizer_state"]
-    vectors, scalars = _split_state(base["state"].get(index, {}), flat.shape)
+    vectors, scalars = _split_state(base["state"].get(index, {}))
     return {"fp32": flat, **vectors}, scalars, base["param_groups"][index].get("step")
 
 
@@ -134,7 +134,7 @@ def _stage3_pieces(shard: dict[str, Any], layout: Layout, index: int) -> tuple[d
     flats = shard["fp32_flat_groups"]
     base = shard["optimizer_state_dict"]
     begin, end = _subgroups_of(index, [flat.numel() for flat in flats], layout)
-    states = [_split_state(base["state"].get(i, {}), flats[i].shape) for i in range(begin, end)]
+    states = [_split_state(base["state"].get(i, {})) for i in range(begin, end)]
     vectors = {key: torch.cat([vectors[key] for vectors, _ in states]) for key in states[0][0]}
     return {"fp32": torch.cat(flats[begin:end]), **vectors}, states[0][1], base["param_groups"][index].get("step")
 
@@ -151,8 +151,9 @@ def _subgroups_of(index: int, flat_sizes: list[int], layout: Layout) -> tuple[in
     return begin, position
 
 
-def _split_state(state: dict[str, Any], shape: torch.Size) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    vectors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape}
+def _split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # Moments keep the padding of the last rank that the saved masters have lost, so only their rank tells them apart.
+    vectors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
     return vectors, {key: value for key, value in state.items() if key not in vectors}
 
 

@@ -128,7 +128,7 @@ class DeclipMethod(Method):
         mlm_count = torch.zeros(1, dtype=torch.float64, device=scale.device)
         if self.weights["w_tss"]:
             mlm_count += features["mlm_targets"].numel()
-        slots = self._search(text_features)
+        slots, cosine = self._search(text_features)
         contrastive = contrastive_terms(
             image_features,
             text_features,
@@ -142,6 +142,7 @@ class DeclipMethod(Method):
             communication_dtype=self.communication_dtype,
         )
         self._pending = contrastive.gathered_text if self.queue is not None else None
+        self._found = None if cosine is None else (contrastive.gathered_slots, cosine)
         terms = {"clip": contrastive.clip[0, 0]}
         if self.weights["w_mvs"]:
             terms["mvs"] = (contrastive.clip[0, 1] + contrastive.clip[1, 0] + contrastive.clip[1, 1]) / 3.0
@@ -159,11 +160,10 @@ class DeclipMethod(Method):
         detached = {f"loss/{name}": term.detach() for name, term in terms.items()}
         return {"loss": loss, **detached, "logit_scale": scale.detach()}
 
-    def _search(self, text_features: Tensor) -> Tensor | None:
+    def _search(self, text_features: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.queue is None or not self.queue.ready:
-            return None
-        self._found = self.queue.search(text_features)
-        return self._found[0]
+            return None, None
+        return self.queue.search(text_features)
 
     def metrics(self) -> dict[str, float]:
         """Fill of the queue and health of the neighbours; spread of the SimSiam projections (0 when collapsed)."""

@@ -1,0 +1,162 @@
+"""Every mistake a user can make: one clear line, exit code 2, nothing lost, no rank left hanging."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from tests.trainer.harness import Launched, ds_config, run_trainer, write_recipe, write_shards
+
+
+def refused(arguments, cache, world_size=1):
+    """Run, require exit code 2 without a traceback, and return the single line that says why."""
+    finished = Launched([str(word) for word in arguments], world_size, cache).wait(timeout_s=120)
+    assert 2 in finished.codes, finished.output
+    assert "Traceback" not in finished.output
+    lines = [line for line in finished.output.splitlines() if "error: " in line]
+    assert lines, finished.output
+    assert len({line.split("error: ")[1] for line in lines}) == 1, finished.output
+    return lines[0].split("error: ")[1]
+
+
+@pytest.fixture
+def recipe(shards, tmp_path):
+    """A good recipe to spoil."""
+    return write_recipe(tmp_path / "tiny.yaml", shards)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe", "declip_yfc15m_vitb32"], "did you mean 'declip_yfcc15m_vitb32'"),
+        (["--optimiser.lr", "1e-3"], "unknown key 'optimiser': did you mean 'optimizer'"),
+        (["--train.step", "10"], "unknown key 'train.step': did you mean 'train.steps'"),
+        (["--optimizer.lr", "fast"], "optimizer.lr: got 'fast'"),
+        (["--train.steps", "1.5"], "train.steps: got 1.5"),
+        (["--method.name", "declipp"], "did you mean 'declip'"),
+        (["--method.w_nn", "1"], "unknown key 'method.w_nn': did you mean 'method.w_nns'"),
+        (["--model.name", "vit_b33"], "did you mean vit_b32"),
+        (["--data.augmentation", "{augmented: {flip: 1.0}}"], "unknown field 'flip'"),
+        (["--data.mask_token", "false"], "set data.mask_token true"),
+        (["--train.micro_batch_size", "3"], "train.micro_batch_size 3 does not divide"),
+        (["--optimizer.name", "fused_adam"], "needs a CUDA device"),
+        (["--frobnicate"], "unknown argument '--frobnicate'"),
+        (["--ds_config", "zero7.json"], "no such file"),
+        (["--resume", "/nowhere/step_3"], "neither a checkpoint folder"),
+        (["--eval.sets", "{x: {data: /nowhere}}"], "classnames.txt"),
+    ],
+)
+def test_settings(arguments, expected, recipe, cache, tmp_path):
+    base = [] if "--recipe" in arguments else ["--recipe", recipe]
+    assert expected in refused([*base, "--run_dir", tmp_path / "run", *arguments], cache)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda first: first.unlink(), "No such file"),
+        (lambda first: first.write_bytes(b""), "empty"),
+        (lambda first: first.write_bytes(first.read_bytes()[:20000]), "truncated"),
+        (lambda first: first.write_bytes(b"<html>not a tar</html>" * 100), "not a tar"),
+    ],
+    ids=["missing", "empty", "truncated", "garbage"],
+)
+def test_shards(spoil, expected, cache, tmp_path):
+    pattern = write_shards(tmp_path / "shards")
+    spoil(tmp_path / "shards" / "00000.tar")
+    recipe = write_recipe(tmp_path / "tiny.yaml", pattern)
+    message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=2)
+    assert "00000.tar" in message
+    assert expected in message
+
+
+def test_pictures_that_are_none(cache, tmp_path):
+    pattern = write_shards(tmp_path / "shards", bad=40)
+    recipe = write_recipe(tmp_path / "tiny.yaml", pattern)
+    message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=2)
+    assert "could not be read" in message
+    assert "data.max_bad_fraction" in message
+    records = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert records[0]["shard"].endswith(".tar")
+    assert records[0]["reason"]
+
+
+def test_few_bad_pictures_are_replaced_and_counted(cache, tmp_path):
+    pattern = write_shards(tmp_path / "shards", bad=2)
+    recipe = write_recipe(tmp_path / "tiny.yaml", pattern, data={"max_bad_fraction": 0.2}, train={"steps": 6})
+    run_trainer(["--recipe", str(recipe), "--run_dir", str(tmp_path / "run")], cache)
+    keys = {json.loads(line)["key"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()}
+    assert keys == {"000000", "000001"}
+
+
+def test_captions_missing(cache, tmp_path):
+    pattern = write_shards(tmp_path / "shards")
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        kept = shard.with_suffix(".kept")
+        with tarfile.open(shard) as old, tarfile.open(kept, "w") as new:
+            for member in old:
+                if not (member.name.endswith("5.txt") or member.name.endswith("7.txt")):
+                    new.addfile(member, old.extractfile(member))
+        shutil.move(kept, shard)
+    recipe = write_recipe(tmp_path / "tiny.yaml", pattern)
+    message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache)
+    assert "lack an image or a caption" in message
+
+
+def test_world_size_that_does_not_divide(recipe, cache, tmp_path):
+    message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=3)
+    assert "train.global_batch_size 16 is not divisible by world size 3; use 15 or 18" in message
+
+
+def test_run_dir_in_use(recipe, cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=2)
+    assert "in use" in message
+
+
+def test_run_dir_with_checkpoints(recipe, cache, tmp_path):
+    arguments = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--train.stop_after", "1"]
+    run_trainer(arguments, cache)
+    assert "--resume auto" in refused(arguments, cache)
+    other = [*arguments, "--resume", "auto", "--train.seed", "5"]
+    assert "another data order" in refused(other, cache)
+    smaller = [*arguments, "--resume", "auto", "--model.embed_dim", "64"]
+    assert "another model" in refused(smaller, cache)
+    for name in ("step_1",):
+        (tmp_path / "run" / "checkpoints" / name / "manifest.json").write_text("{")
+    assert "no checkpoint of" in refused([*arguments, "--resume", "auto"], cache)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train_batch_size", 99, "train_batch_size is 99 but train.global_batch_size gives 16"),
+        ("gradient_clipping", 1.0, "gradient_clipping is 1.0 but optimizer.gradient_clipping gives 0.0"),
+        ("bf16", {"enabled": True}, "bf16.enabled is true but train.precision"),
+        ("optimizer", {"type": "Adam"}, "remove 'optimizer'"),
+        ("zero_optimization", {"stage": 5}, "expected 0, 1, 2 or 3"),
+    ],
+)
+def test_deepspeed_config_that_contradicts(key, value, expected, recipe, cache, tmp_path):
+    tree = json.loads(Path(ds_config(2)).read_text())
+    tree[key] = value
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(tree))
+    assert expected in refused(["--recipe", recipe, "--run_dir", tmp_path / "run", "--ds_config", path], cache)
+
+
+def test_yaml_bombs_and_other_files(cache, tmp_path):
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]\n")
+    assert "aliases" in refused(["--recipe", bomb], cache)
+    code = tmp_path / "code.yaml"
+    code.write_text("model: !!python/object/apply:os.system ['true']\n")
+    assert "not valid YAML" in refused(["--recipe", code], cache)
+    listing = tmp_path / "list.yaml"
+    listing.write_text(yaml.safe_dump([1, 2]))
+    assert "must be a mapping" in refused(["--recipe", listing], cache)
