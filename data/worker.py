@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import torch
 
 _MAX_OPEN_FILES = 65_536
-# Imported once in the fork server; each worker is then a fork of a process that has them.
-_PRELOADED = ["torch", "data.dataset", "data.sample"]
+# Imported once in the fork server; each worker is then a fork of a process that has them. None of our own modules: the
+# server searches the working directory first, where a user's folder called "data" would be taken for our package.
+_PRELOADED = ["torch.utils.data", "torchvision", "tokenizers", "PIL.Image"]
 
 
 def worker_context() -> multiprocessing.context.BaseContext:

@@ -321,12 +321,17 @@ def is_running(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("end", ["normal", "killed"])
 def test_workers_outlive_signals_but_not_the_trainer(tmp_path, end):
-    script = tmp_path / "main_script.py"
+    script = tmp_path / "scripts" / "main_script.py"
+    # A user's own folder of this name in the working directory must not be taken for our package.
+    for folder in ("scripts", "work/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "work" / "data" / "__init__.py").write_text("")
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), end],
         env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=tmp_path / "work",
         capture_output=True,
         text=True,
         timeout=120,
