@@ -20,7 +20,13 @@ from data.order import DEFAULT_SHUFFLE_WINDOW, GlobalOrder, OrderSource
 from data.prefetch import ShardPrefetcher
 from data.reader import ReadLimits
 from data.sources import is_remote
-from data.worker import initialise_worker, main_module_hidden, raise_open_file_limit, worker_context
+from data.worker import (
+    initialise_worker,
+    job_signals_blocked,
+    main_module_hidden,
+    raise_open_file_limit,
+    worker_context,
+)
 
 _JOIN_S = 5.0
 
@@ -72,7 +78,7 @@ class _Pipeline:
             **options,
         )
         before = set(multiprocessing.active_children())
-        with main_module_hidden(transform):
+        with main_module_hidden(transform), job_signals_blocked():
             self._iterator: Iterator[dict[str, Any]] | None = iter(loader)
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
         # multiprocessing waits for its children when the interpreter ends, and ours ignore the SIGTERM it sends them.

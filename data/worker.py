@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import resource
 import signal
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 import torch
 
 _MAX_OPEN_FILES = 65_536
+# Schedulers send these, and a terminal SIGINT, to every process of a job. The main process decides what happens;
+# workers live on so that it can finish its step, and are closed or killed by it.
+_JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Imported once in the fork server; each worker is then a fork of a process that has them. None of our own modules: the
 # server searches the working directory first, where a user's folder called "data" would be taken for our package.
 _PRELOADED = ["torch.utils.data", "torchvision", "tokenizers", "PIL.Image"]
@@ -60,6 +64,23 @@ def main_module_hidden(*objects: object) -> Iterator[None]:
                 setattr(main, name, value)
 
 
+@contextmanager
+def job_signals_blocked() -> Iterator[None]:
+    """Starts processes in the block with the signals of a job blocked, from their first instruction on.
+
+    A worker that ignored them only once it runs could be hit while it starts; and the fork server has no code of ours
+    to ignore them at all, yet torch's workers give up when it dies.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+    try:
+        # The tracker unblocks some of them when it starts, so it must be there before the mask that counts.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
 def initialise_worker(worker_id: int) -> None:
     """Sets up a loader worker.
 
@@ -67,9 +88,7 @@ def initialise_worker(worker_id: int) -> None:
         worker_id: Not used; the loader passes it.
     """
     torch.set_num_threads(1)
-    # Schedulers send SIGTERM and SIGUSR1, and a terminal SIGINT, to every process of a job. The main process decides
-    # what happens; workers live on so that it can finish its step, and are closed or killed by it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -296,13 +296,18 @@ if __name__ == "__main__":
     source, store = indexed(folder, write_shards(folder / "set", [50]))
     loader = build_train_loader([source], TinyTransform(), seed=0, global_batch_size=4, micro_batch_size=2, workers=2,
                                 store=store)
-    next(loader)
-    workers = [process.pid for process in loader._pipeline._processes]
-    for pid in workers:
+    received = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, frame: received.append(number))
+    # As a scheduler does: to all processes of the job, when the workers have just been started and later.
+    for pause_s in (0, 1, 2):
+        time.sleep(pause_s)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(pid, number)
-    for _ in range(20):
-        next(loader)
+            os.killpg(0, number)
+        for _ in range(20):
+            next(loader)
+    assert len(received) == 9, received
+    workers = [process.pid for process in loader._pipeline._processes]
     print(*workers, flush=True)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -332,6 +337,7 @@ def test_workers_outlive_signals_but_not_the_trainer(tmp_path, end):
         [sys.executable, str(script), str(tmp_path), end],
         env={**os.environ, "PYTHONPATH": str(root)},
         cwd=tmp_path / "work",
+        start_new_session=True,
         capture_output=True,
         text=True,
         timeout=120,
