@@ -316,6 +316,7 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 256,
+    max_samples: int | None = None,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool | None = None,
@@ -327,9 +328,11 @@ def build_eval_loader(
     Args:
         sources: From `data.index.load_sources`; weights do not matter.
         eval_transform: Image bytes -> uint8 [3, H, W]; see `data.sample.EvalTransform`.
-        rank: 0 <= rank < world_size; ranks take contiguous ranges whose lengths differ by one at most.
+        rank: 0 <= rank < world_size; ranks take the batches rank, rank + world_size, ... of one list, so that what is
+            computed per batch does not depend on the number of ranks.
         world_size: Number of ranks.
-        batch_size: Samples per batch; the last one may be smaller.
+        batch_size: Samples per batch; the last one of the list may be smaller.
+        max_samples: Visit only the first so many samples.
         workers: Worker processes; 0 = load in this process.
         prefetch: Batches each worker prepares ahead.
         pin_memory: Default: if there is a CUDA device.
@@ -347,9 +350,9 @@ def build_eval_loader(
     if batch_size < 1:
         raise DataError(f"the evaluation batch size is {batch_size}; it must be at least 1")
     dataset = EvalDataset(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())
-    total = len(dataset)
-    first, last = rank * total // world_size, (rank + 1) * total // world_size
-    items = [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+    total = min(len(dataset), max_samples or len(dataset))
+    batches = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+    items = batches[rank::world_size]
 
     def open_pipeline() -> _Pipeline:
         return _Pipeline(
