@@ -33,10 +33,12 @@ def find_place() -> Place:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed"
         return _export(launcher, _integer("RANK"), _integer("LOCAL_RANK", 0), _integer("WORLD_SIZE"), _local_size())
-    if "SLURM_PROCID" in os.environ and _integer("SLURM_STEP_NUM_TASKS", _integer("SLURM_NTASKS", 1)) > 1:
-        os.environ.setdefault("MASTER_ADDR", _slurm_first_address())
+    # Of SLURM's variables only srun's own count: inside a batch script, without srun, there is one process.
+    if _integer("SLURM_STEP_NUM_TASKS", 1) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _slurm_first_address()
         os.environ.setdefault("MASTER_PORT", str(_port_of_job(os.environ.get("SLURM_JOB_ID", "0"))))
-        size = _integer("SLURM_STEP_NUM_TASKS", _integer("SLURM_NTASKS", 1))
+        size = _integer("SLURM_STEP_NUM_TASKS")
         return _export("srun", _integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), size, _local_size())
     if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
         return _from_mpi()

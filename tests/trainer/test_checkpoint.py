@@ -1,0 +1,73 @@
+"""Which checkpoint is found, which are kept, and what damage is noticed."""
+
+import hashlib
+import json
+
+import pytest
+
+from trainer.checkpoint import find_checkpoint, list_checkpoints, prune_checkpoints, verify_checkpoint
+from trainer.errors import ConfigError
+
+
+def make_checkpoint(run_dir, step, content=b"weights"):
+    folder = run_dir / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_bytes(content)
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "files": {"model.pt": entry}}))
+    return folder
+
+
+def test_newest_is_by_number_and_partial_ones_do_not_count(tmp_path):
+    for step in (5, 100, 20):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoints" / ".partial" / "step_200").mkdir(parents=True)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoints")] == ["step_100", "step_20", "step_5"]
+    assert find_checkpoint(tmp_path, "auto") == (tmp_path / "checkpoints" / "step_100", [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "model.pt").unlink(), "model.pt is missing"),
+        (lambda folder: (folder / "model.pt").write_bytes(b"weight"), "6 bytes instead of 7"),
+        (lambda folder: (folder / "model.pt").write_bytes(b"weighty"), None),
+        (lambda folder: (folder / "model.pt").write_bytes(b"Weights"), "checksum differs"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is missing or damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or damaged"),
+    ],
+)
+def test_damage_is_noticed_and_the_one_before_is_used(damage, reason, tmp_path):
+    good, bad = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    damage(bad)
+    problem = verify_checkpoint(bad)
+    assert problem is not None
+    assert reason is None or reason in problem
+    found, warnings = find_checkpoint(tmp_path, "auto")
+    assert found == good
+    assert problem in warnings[0]
+    with pytest.raises(ConfigError, match="choose another checkpoint"):
+        find_checkpoint(tmp_path, str(bad))
+
+
+def test_nothing_usable_is_an_error_and_nothing_at_all_a_fresh_start(tmp_path):
+    assert find_checkpoint(tmp_path, "auto") == (None, [])
+    (make_checkpoint(tmp_path, 1) / "model.pt").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* can be used"):
+        find_checkpoint(tmp_path, "auto")
+
+
+def test_resume_from_elsewhere(tmp_path):
+    folder = make_checkpoint(tmp_path / "a", 3)
+    assert find_checkpoint(tmp_path / "b", str(folder))[0] == folder
+    assert find_checkpoint(tmp_path / "b", str(tmp_path / "a"))[0] == folder
+
+
+def test_pruning_keeps_the_newest_and_the_milestones(tmp_path):
+    for step in range(10, 110, 10):
+        make_checkpoint(tmp_path, step)
+    removed = prune_checkpoints(tmp_path / "checkpoints", keep_last=2, keep_every=50)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoints")] == ["step_100", "step_90", "step_50"]
+    assert len(removed) == 7
+    assert not list((tmp_path / "checkpoints").glob(".removing*"))

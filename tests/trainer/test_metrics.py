@@ -1,0 +1,42 @@
+"""metrics.jsonl: valid JSON whatever the numbers, and cut back to the checkpoint on resume."""
+
+import json
+import math
+
+from trainer.config import LoggingConfig
+from trainer.metrics import MetricsWriter, truncate_metrics
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+def test_non_finite_numbers_become_null(tmp_path):
+    writer = MetricsWriter(tmp_path, QUIET)
+    writer.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    writer.event("skipped_step", 1, in_a_row=1)
+    writer.close()
+    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}
+    assert second == {"event": "skipped_step", "step": 1, "in_a_row": 1}
+
+
+def test_truncation_drops_later_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"step": 2, "lo')
+    assert truncate_metrics(tmp_path, 3) == 3
+    assert path.read_text() == "".join(lines[:3])
+    assert truncate_metrics(tmp_path, 3) == 0
+    assert truncate_metrics(tmp_path / "nowhere", 3) == 0
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, LoggingConfig())
+    writer.log({"step": 1, "loss": 2.0, "state_hash": "ab"})
+    writer.log({"step": 2, "loss": 1.5})
+    writer.event("eval", 2, set="val", acc1=0.25, samples=10)
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/val/acc1")] == [(2, 0.25)]
