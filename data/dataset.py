@@ -89,7 +89,11 @@ class _ReadingDataset(Dataset):
 
 
 class TrainDataset(_ReadingDataset):
-    """Item (step, micro_index) is the collated micro-batch of this rank; see `collate_views`.
+    """Item (step, micro_index) is the collated micro-batch of this rank.
+
+    Besides what `collate_views` makes it has sample_hash int64 [m], a fingerprint of each slot and its sample;
+    view_keys int64 [V, m], a hash of each image view (seed, source, epoch, sample, view) to key random numbers that
+    are drawn in the model; and bad_samples, a list of records.
 
     A sample that cannot be used is replaced by another one of its source, drawn by a hash of (seed, source, epoch,
     sample, attempt), so replacements too are the same for any world size and worker count. A DataError comes back as
@@ -148,15 +152,19 @@ class TrainDataset(_ReadingDataset):
         start = self._first_slot + micro_index * self._micro_batch_size
         plan = self._order.slots(step, start, start + self._micro_batch_size)
         views: list[Views | None] = [None] * len(plan)
+        keys: list[tuple[int | str, ...]] = [()] * len(plan)
         hashes = np.empty(len(plan), dtype=np.int64)
         bad_samples: list[dict[str, str]] = []
         # In the order of the files, so that a micro-batch opens each of its shards once and reads it forwards.
         for row in np.lexsort((plan.sample, plan.source)):
             source, epoch, sample = int(plan.source[row]), int(plan.epoch[row]), int(plan.sample[row])
             views[row], used, key = self._sample(source, epoch, sample, bad_samples)
-            hashes[row] = keyed_hash(int(plan.slot[row]), self._sources[source].name, used, key) >> 1
+            name = self._sources[source].name
+            keys[row] = (self._order.seed, name, epoch, used)
+            hashes[row] = keyed_hash(int(plan.slot[row]), name, used, key) >> 1
         batch = collate_views(views, masked=self._masked)
         batch["sample_hash"] = torch.from_numpy(hashes)
+        batch["view_keys"] = torch.from_numpy(_view_keys(keys, len(batch["images"])))
         self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))
         return {**batch, "bad_samples": bad_samples}
 
@@ -192,6 +200,12 @@ class TrainDataset(_ReadingDataset):
                 f"{_SHARED_MEMORY} has {free >> 20} MiB free, the loader needs {needed >> 20} MiB for "
                 f"{self._held_batches} micro-batches; give the container more (docker --shm-size) or lower data.workers"
             )
+
+
+def _view_keys(keys: Sequence[tuple[int | str, ...]], num_views: int) -> np.ndarray:
+    """A hash [V, m] of each image view of each sample, for randomness inside the model such as patch dropout."""
+    hashes = [[keyed_hash(*key, "model", view) >> 1 for key in keys] for view in range(num_views)]
+    return np.array(hashes, dtype=np.int64)
 
 
 class EvalDataset(_ReadingDataset):

@@ -65,12 +65,13 @@ def assert_equal_batches(left, right):
 def columns(batches):
     """Rows of the batches, one after the other, whatever the micro-batch sizes were."""
     images = torch.cat([batch["images"] for batch in batches], dim=1)
-    return images, torch.cat([batch["sample_hash"] for batch in batches])
+    view_keys = torch.cat([batch["view_keys"] for batch in batches], dim=1)
+    return images, torch.cat([batch["sample_hash"] for batch in batches]), view_keys
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_same_samples_and_views_for_any_world_size(data, world_size):
-    images, hashes = columns(take(data, 20))
+    expected = columns(take(data, 20))
     per_rank = [take(data, 20 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     accumulation = 4 // world_size
     merged = [
@@ -79,9 +80,7 @@ def test_same_samples_and_views_for_any_world_size(data, world_size):
         for rank in range(world_size)
         for batch in per_rank[rank][step * accumulation : (step + 1) * accumulation]
     ]
-    merged_images, merged_hashes = columns(merged)
-    assert torch.equal(images, merged_images)
-    assert torch.equal(hashes, merged_hashes)
+    assert all(torch.equal(*pair) for pair in zip(expected, columns(merged), strict=True))
 
 
 def test_micro_batch_size_does_not_change_the_data(data):
@@ -112,6 +111,15 @@ def test_an_epoch_holds_every_sample_once(data):
     take(data, 41, batch=4, micro=2, transform=Recorder())
     for epoch in range(2):
         assert sorted(number for at, number in Recorder.seen if at == epoch)[: sum(COUNTS)] == list(range(sum(COUNTS)))
+
+
+def test_every_view_of_every_visit_has_its_own_key(data):
+    # Two epochs and a little, so that samples come again.
+    batches = take(data, 44, batch=2, micro=2)
+    keys = columns(batches)[2]
+    assert keys.shape == (2, 88) and keys.dtype == torch.int64
+    assert keys.min() >= 0
+    assert keys.unique().numel() == keys.numel()
 
 
 def test_collation_follows_the_contract():
