@@ -23,6 +23,8 @@ PARAMETER_COUNTS = {
     "vit_nano_p4_32": 7_968_385,
     "vit_nano_p8_32": 7_980_673,
     "vit_nano_p8_64": 7_986_817,
+    "vit_pico_p8_32": 7_385_857,
+    "rn_pico_32": 8_107_929,
     "rn_nano_32": 8_504_473,
     "rn_nano_64": 8_506_009,
 }
