@@ -1,0 +1,1 @@
+"""Image and text towers, the two-tower model, and the heads of self-supervised terms."""

@@ -14,11 +14,11 @@ class TextOutput(NamedTuple):
 
     Args:
         features: [n, embed_dim], not normalised.
-        hidden_states: [n, T, width] after the final LayerNorm, or None if not asked for.
+        states: [R, width] after the final LayerNorm at the positions asked for, or None if none were.
     """
 
     features: Tensor
-    hidden_states: Tensor | None
+    states: Tensor | None
 
 
 class LogitScale(nn.Module):
@@ -48,8 +48,8 @@ class ClipModel(nn.Module):
     outside of `forward` at every ZeRO stage.
 
     Args:
-        image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim` and
-            `has_batch_norm`.
+        image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim`,
+            `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64 [n].
         text_tower: A `TextTransformer` of the same `embed_dim`.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
@@ -62,44 +62,53 @@ class ClipModel(nn.Module):
         self.logit_scale = LogitScale()
         self.embed_dim = image_tower.embed_dim
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Encodes images.
 
         Args:
             images: float [n, 3, H, W], normalised.
+            dropout_keys: int64 [n], which decide the patches that patch dropout keeps of each image in training; not
+                used by a tower without it.
 
         Returns:
             [n, embed_dim] in the compute dtype, not normalised.
         """
-        return self.image_tower(images)
+        if not self.image_tower.has_patch_dropout:
+            return self.image_tower(images)
+        return self.image_tower(images, dropout_keys)
 
-    def encode_image_views(self, images: Tensor) -> Tensor:
+    def encode_image_views(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Encodes several views in one pass, or in one pass per view if the tower has batch norm.
 
         Args:
             images: float [V, n, 3, H, W], normalised.
+            dropout_keys: int64 [V, n], see `encode_image`.
 
         Returns:
             [V, n, embed_dim] in the compute dtype, not normalised.
         """
         if self.image_tower.has_batch_norm:
-            return torch.stack([self.image_tower(view) for view in images])
-        return self.image_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            return torch.stack([self.encode_image(view) for view in images])
+        keys = None if dropout_keys is None else dropout_keys.flatten()
+        return self.encode_image(images.flatten(0, 1), keys).unflatten(0, images.shape[:2])
 
-    def encode_text(self, token_ids: Tensor, text_lengths: Tensor, *, with_hidden_states: bool = True) -> TextOutput:
+    def encode_text(self, token_ids: Tensor, text_lengths: Tensor, *, state_rows: Tensor | None = None) -> TextOutput:
         """Encodes captions.
 
         Args:
             token_ids: int64 [n, T], T <= context_length; what follows the end-of-text token has no effect.
-            text_lengths: int64 [n], ids up to and including the end-of-text token.
-            with_hidden_states: Also return the state at every position; without it the tower is cheaper.
+            text_lengths: int64 [n], ids up to and including the end-of-text token; on the CPU, whatever the device.
+            state_rows: int64 [R], flat positions row * T + position whose states are wanted, on the CPU like the
+                lengths.
 
         Returns:
-            Features and, if asked for, hidden states, both in the compute dtype.
+            Features and, if asked for, states, both in the compute dtype.
         """
-        return TextOutput(*self.text_tower(token_ids, text_lengths, with_hidden_states))
+        return TextOutput(*self.text_tower(token_ids, text_lengths, state_rows))
 
-    def forward(self, images: Tensor, token_ids: Tensor, text_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, token_ids: Tensor, text_lengths: Tensor, dropout_keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image features, text features (neither normalised) and the logit scale of one view of each."""
-        text = self.encode_text(token_ids, text_lengths, with_hidden_states=False)
-        return self.encode_image(images), text.features, self.logit_scale()
+        text = self.encode_text(token_ids, text_lengths)
+        return self.encode_image(images, dropout_keys), text.features, self.logit_scale()

@@ -33,6 +33,7 @@ class ModifiedResNet(nn.Module):
     """
 
     has_batch_norm = True
+    has_patch_dropout = False
 
     def __init__(
         self,

@@ -1,10 +1,13 @@
 """CLIP's text transformer."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transformer import Linear, Transformer, TransformerInit, take_positions
+from models.sequences import PackedSequences, copy_to
+from models.transformer import Linear, Transformer, TransformerInit
 
 TOKEN_EMBEDDING_STD = 0.02
 POSITIONAL_EMBEDDING_STD = 0.01
@@ -51,7 +54,6 @@ class TextTransformer(nn.Module):
             width,
             layers,
             heads,
-            causal=True,
             init=TransformerInit.clip_text(width, layers),
             activation_checkpointing=activation_checkpointing,
         )
@@ -61,39 +63,35 @@ class TextTransformer(nn.Module):
         )
 
     def forward(
-        self, token_ids: Tensor, text_lengths: Tensor, with_hidden_states: bool = True
+        self, token_ids: Tensor, text_lengths: Tensor, state_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Encodes captions.
+        """Encodes captions; the work is proportional to the sum of their lengths.
 
-        Nothing is computed past the longest caption when `text_lengths` is on the CPU. On an accelerator, reading it
-        would stall the stream, so there the caller trims.
+        `text_lengths` and `state_rows` are read on the host, which has to know the shapes of the work. Given on an
+        accelerator they are fetched, and the host waits for the device.
 
         Args:
             token_ids: int64 [n, T], T <= context_length, anything after the end-of-text token.
             text_lengths: int64 [n], ids up to and including the end-of-text token, in [1, T].
-            with_hidden_states: Also return the state at every position; without it the last block is cheaper.
+            state_rows: int64 [R], flat positions row * T + position before the caption's end whose states are wanted.
 
         Returns:
-            Features [n, embed_dim], not normalised, and the states after the final LayerNorm [n, T, width], zero
-            beyond the longest caption where it was trimmed, or None.
+            Features [n, embed_dim], not normalised, and the states at `state_rows` after the final LayerNorm
+            [R, width], or None.
 
         Raises:
-            ValueError: If the shapes do not match, or a length or T is out of range.
+            ValueError: If the shapes do not match, or a length, a row or T is out of range.
         """
-        self._check_arguments(token_ids, text_lengths)
-        num_positions = token_ids.shape[1]
-        if text_lengths.device.type == "cpu":
-            token_ids = token_ids[:, : int(text_lengths.max())]
-        num_kept = token_ids.shape[1]
-        eot_positions = (text_lengths - 1).to(token_ids.device)
-        x = self.token_embedding(token_ids) + self.positional_embedding[:num_kept]
-        if not with_hidden_states:
-            return self.text_projection(self.ln_final(self.transformer(x, eot_positions)[:, 0])), None
-        hidden_states = self.ln_final(self.transformer(x))
-        features = self.text_projection(take_positions(hidden_states, eot_positions)[:, 0])
-        return features, F.pad(hidden_states, (0, 0, 0, num_positions - num_kept))
+        self._check_shapes(token_ids, text_lengths)
+        packed = pack_captions(text_lengths, state_rows, token_ids.shape[1], token_ids.device)
+        x = self.token_embedding(token_ids.flatten()[packed.token_index])
+        x = x + F.embedding(packed.positions, self.positional_embedding)
+        states = self.ln_final(self.transformer(x, packed.sequences, packed.rows))
+        states = states.index_select(0, packed.row_order)
+        features = self.text_projection(states[: len(token_ids)])
+        return features, None if state_rows is None else states[len(token_ids) :]
 
-    def _check_arguments(self, token_ids: Tensor, text_lengths: Tensor) -> None:
+    def _check_shapes(self, token_ids: Tensor, text_lengths: Tensor) -> None:
         if token_ids.ndim != 2 or text_lengths.shape != token_ids.shape[:1]:
             raise ValueError(
                 f"token_ids {tuple(token_ids.shape)} and text_lengths {tuple(text_lengths.shape)} do not match; "
@@ -105,11 +103,6 @@ class TextTransformer(nn.Module):
                 f"token_ids have {num_positions} positions, more than context_length {self.context_length}; "
                 f"truncate the captions or build the model with a larger context_length"
             )
-        if text_lengths.device.type == "cpu" and (text_lengths.min() < 1 or text_lengths.max() > num_positions):
-            raise ValueError(
-                f"text_lengths span [{text_lengths.min()}, {text_lengths.max()}]; expected values in "
-                f"[1, {num_positions}], counting the end-of-text token"
-            )
 
 
 class TokenEmbedding(nn.Embedding):
@@ -118,3 +111,79 @@ class TokenEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, width: int):
         super().__init__(vocab_size, width)
         nn.init.normal_(self.weight, std=TOKEN_EMBEDDING_STD)
+
+
+class PackedCaptions(NamedTuple):
+    """Captions without their padding, shortest first, as N tokens in a row.
+
+    Args:
+        sequences: Their layout for attention.
+        token_index: int64 [N], where each token is in the flattened [n, T] ids.
+        positions: int64 [N], its position in its caption.
+        rows: int64 [R'], distinct tokens whose final state is used.
+        row_order: int64 [n + R], which of `rows` is each caption's end-of-text token, then each asked-for state.
+    """
+
+    sequences: PackedSequences
+    token_index: Tensor
+    positions: Tensor
+    rows: Tensor
+    row_order: Tensor
+
+
+# Shapes that depend on data: all of it happens on the host, and a compiled graph starts after it.
+@torch.compiler.disable
+def pack_captions(
+    text_lengths: Tensor, state_rows: Tensor | None, num_positions: int, device: torch.device
+) -> PackedCaptions:
+    """Lays out the tokens of captions one after the other.
+
+    Args:
+        text_lengths: int64 [n], in [1, num_positions]; on the CPU, or the host waits.
+        state_rows: int64 [R], flat positions row * num_positions + position; on the CPU, or the host waits. None
+            means no states but those of the end-of-text tokens.
+        num_positions: T of the padded ids.
+        device: Where the ids are; a CUDA device is not waited for.
+
+    Returns:
+        The layout, its tensors on `device`.
+
+    Raises:
+        ValueError: If a length or a row is out of range.
+    """
+    text_lengths = text_lengths.cpu()
+    _check_lengths(text_lengths, num_positions)
+    lengths, order = text_lengths.sort(stable=True)
+    starts = lengths.cumsum(0) - lengths
+    positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    token_index = order.repeat_interleave(lengths) * num_positions + positions
+    start_of_caption = torch.empty_like(starts).index_copy(0, order, starts)
+    used = start_of_caption + text_lengths - 1
+    if state_rows is not None:
+        caption, position = _split_state_rows(state_rows.cpu(), text_lengths, num_positions)
+        used = torch.cat([used, start_of_caption[caption] + position])
+    rows, row_order = used.unique(return_inverse=True)
+    tensors = (copy_to(tensor, device) for tensor in (token_index, positions, rows, row_order))
+    return PackedCaptions(PackedSequences.of(lengths, device), *tensors)
+
+
+def _check_lengths(text_lengths: Tensor, num_positions: int) -> None:
+    if text_lengths.min() < 1 or text_lengths.max() > num_positions:
+        raise ValueError(
+            f"text_lengths span [{text_lengths.min()}, {text_lengths.max()}]; expected values in "
+            f"[1, {num_positions}], counting the end-of-text token"
+        )
+
+
+def _split_state_rows(state_rows: Tensor, text_lengths: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Caption and position of each flat position."""
+    in_range = (state_rows >= 0) & (state_rows < len(text_lengths) * num_positions)
+    if in_range.all():
+        caption, position = state_rows // num_positions, state_rows % num_positions
+        in_range = position < text_lengths[caption]
+        if in_range.all():
+            return caption, position
+    raise ValueError(
+        f"state_rows name {int(state_rows[~in_range][0])}, which is no token of a caption; expected "
+        f"row * {num_positions} + position with position < text_lengths[row]"
+    )

@@ -26,6 +26,8 @@ class TimmTower(nn.Module):
         ImportError: If timm is not installed.
     """
 
+    has_patch_dropout = False
+
     def __init__(
         self,
         model_name: str,

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.sequences import Sequences
+
 
 class Linear(nn.Linear):
     """Linear layer that can be initialised from a normal distribution.
@@ -63,13 +65,12 @@ class TransformerInit:
 
 
 class Transformer(nn.Module):
-    """A stack of residual attention blocks.
+    """A stack of residual attention blocks over the tokens of many sequences.
 
     Args:
         width: Width of the residual stream.
         layers: Number of blocks.
         heads: Number of attention heads.
-        causal: Each position attends to itself and to earlier ones only.
         init: Initial weights; None means torch's defaults for nn.MultiheadAttention and nn.Linear, which CLIP keeps in
             its image tower.
         activation_checkpointing: Keep only the blocks' inputs during training and recompute the rest in the backward.
@@ -81,7 +82,6 @@ class Transformer(nn.Module):
         layers: int,
         heads: int,
         *,
-        causal: bool,
         init: TransformerInit | None = None,
         activation_checkpointing: bool = False,
     ):
@@ -89,47 +89,46 @@ class Transformer(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}; use heads = {max(1, width // 64)}")
         self.activation_checkpointing = activation_checkpointing
-        self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, causal=causal, init=init) for _ in range(layers)
-        )
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, init=init) for _ in range(layers))
 
-    def forward(self, x: Tensor, pool_positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
         """Runs all blocks.
 
         Args:
-            x: [n, T, width].
-            pool_positions: int64 [n], one position per row that the caller goes on to use, or None for all of them.
-                The last block then computes nothing that only other positions need.
+            x: [N, width], the tokens of all sequences.
+            sequences: Which tokens attend to which.
+            rows: int64 [R], distinct, the tokens that the caller goes on to use, or None for all of them. The last
+                block then computes next to nothing that only other tokens need.
 
         Returns:
-            [n, T, width], or [n, 1, width] with `pool_positions`.
+            [N, width], or [R, width] with `rows`.
         """
         *blocks, last = self.resblocks
         for block in blocks:
-            x = self._run(block, x, None)
-        return self._run(last, x, pool_positions)
+            x = self._run(block, x, sequences, None)
+        return self._run(last, x, sequences, rows)
 
-    def _run(self, block: nn.Module, x: Tensor, pool_positions: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, sequences: Sequences, rows: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             # Blocks draw no random numbers, so their generator state need not be kept.
-            return checkpoint(block, x, pool_positions, use_reentrant=False, preserve_rng_state=False)
-        return block(x, pool_positions)
+            return checkpoint(block, x, sequences, rows, use_reentrant=False, preserve_rng_state=False)
+        return block(x, sequences, rows)
 
 
 class ResidualAttentionBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, init: TransformerInit | None):
+    def __init__(self, width: int, heads: int, *, init: TransformerInit | None):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, causal=causal, init=init)
+        self.attn = Attention(width, heads, init=init)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, init=init)
 
-    def forward(self, x: Tensor, pool_positions: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.ln_1(x), pool_positions)
-        if pool_positions is not None:
-            x = take_positions(x, pool_positions)
+    def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(x), sequences, rows)
+        if rows is not None:
+            x = x.index_select(0, rows)
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -137,10 +136,9 @@ class ResidualAttentionBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with packed projections, the parameter layout of nn.MultiheadAttention."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, init: TransformerInit | None):
+    def __init__(self, width: int, heads: int, *, init: TransformerInit | None):
         super().__init__()
         self.heads = heads
-        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width, weight_std=init.residual_std if init else None, zero_bias=True)
@@ -149,26 +147,20 @@ class Attention(nn.Module):
         else:
             nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, pool_positions: Tensor | None = None) -> Tensor:
-        """Attends to all positions of `x` [n, T, width] from all of them, or from `pool_positions` [n] only."""
-        width = x.shape[-1]
-        if pool_positions is None:
+    def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
+        """Attends to all tokens of `x` [N, width] from all of them, or from `rows` [R] only."""
+        if rows is None:
             query, key, value = self._split_heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), 3)
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         else:
+            width = x.shape[-1]
             weights = self.in_proj_weight.split([width, 2 * width])
             biases = self.in_proj_bias.split([width, 2 * width])
-            (query,) = self._split_heads(F.linear(take_positions(x, pool_positions), weights[0], biases[0]), 1)
+            (query,) = self._split_heads(F.linear(x.index_select(0, rows), weights[0], biases[0]), 1)
             key, value = self._split_heads(F.linear(x, weights[1], biases[1]), 2)
-            mask = None
-            if self.causal:
-                visible = torch.arange(x.shape[1], device=x.device) <= pool_positions[:, None]
-                mask = visible[:, None, None, :]
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(sequences.attend(query, key, value, rows).flatten(1))
 
     def _split_heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return packed.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return packed.unflatten(-1, (parts, self.heads, -1)).unbind(1)
 
 
 class Mlp(nn.Module):
@@ -194,16 +186,3 @@ def quick_gelu(x: Tensor) -> Tensor:
     """
     # Through silu, autograd keeps one tensor of this size instead of the two of the textbook form.
     return F.silu(1.702 * x).mul_(1 / 1.702)
-
-
-def take_positions(x: Tensor, positions: Tensor) -> Tensor:
-    """Picks one position per row.
-
-    Args:
-        x: [n, T, width].
-        positions: int64 [n], in [0, T).
-
-    Returns:
-        [n, 1, width].
-    """
-    return x.gather(1, positions[:, None, None].expand(-1, 1, x.shape[-1]))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.patch_dropout import kept_patches
+from models.sequences import UniformSequences
 from models.transformer import Linear, Transformer
 
 
@@ -61,6 +63,7 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.num_patches = (image_size // patch_size) ** 2
         self.num_kept_patches = max(1, round(self.num_patches * (1 - patch_dropout)))
+        self.has_patch_dropout = self.num_kept_patches < self.num_patches
         std = width**-0.5
         # A linear layer on unfolded patches is the strided convolution, and spends nothing on dropped patches.
         self.patch_embed = Linear(3 * patch_size**2, width, bias=False)
@@ -68,42 +71,46 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.num_patches, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(
-            width, layers, heads, causal=False, activation_checkpointing=activation_checkpointing
-        )
+        self.transformer = Transformer(width, layers, heads, activation_checkpointing=activation_checkpointing)
         self.ln_post = nn.LayerNorm(width)
         self.proj = Linear(width, embed_dim, bias=False, weight_std=std)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Encodes images; views of one sample may be stacked along the first dimension.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
+            dropout_keys: int64 [n] on the images' device, well mixed; an image's key alone decides which of its
+                patches are kept. Used in training with patch dropout only.
 
         Returns:
             [n, embed_dim], not normalised.
 
         Raises:
-            ValueError: On images of another size.
+            ValueError: On images of another size, or without keys where they are needed.
         """
         check_image_shape(images, self.image_size)
         patches = unfold_patches(images.to(self.patch_embed.weight.dtype), self.patch_size)
         class_position, patch_positions = self.positional_embedding.split([1, self.num_patches])
-        if self.training and self.num_kept_patches < self.num_patches:
-            kept = self._draw_kept_patches(patches)
+        if self.training and self.has_patch_dropout:
+            kept = self._kept_patches(dropout_keys, len(images))
             patches = patches.take_along_dim(kept[..., None], dim=1)
             patch_positions = F.embedding(kept, patch_positions)
         tokens = self.patch_embed(patches) + patch_positions
         class_token = (self.class_embedding + class_position).expand(len(images), 1, -1)
         tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
-        class_index = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        tokens = self.transformer(tokens, class_index)
-        return self.proj(self.ln_post(tokens[:, 0]))
+        sequences = UniformSequences(*tokens.shape[:2])
+        class_rows = torch.arange(sequences.count, device=images.device) * sequences.length
+        return self.proj(self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows)))
 
-    def _draw_kept_patches(self, patches: Tensor) -> Tensor:
-        """Uniform random subset of patches per image, int64 [n, num_kept_patches], from torch's generator."""
-        scores = torch.rand(patches.shape[:2], device=patches.device)
-        return scores.topk(self.num_kept_patches, dim=1).indices
+    def _kept_patches(self, dropout_keys: Tensor | None, num_images: int) -> Tensor:
+        if dropout_keys is None or dropout_keys.shape != (num_images,):
+            given = "None" if dropout_keys is None else f"shape {tuple(dropout_keys.shape)}"
+            raise ValueError(
+                f"patch dropout in training needs one int64 key per image, got dropout_keys {given} for {num_images} "
+                f"images; pass the keys or build the model with patch_dropout=0"
+            )
+        return kept_patches(dropout_keys, self.num_patches, self.num_kept_patches)
 
 
 def unfold_patches(images: Tensor, patch_size: int) -> Tensor:

@@ -26,6 +26,8 @@ from trainer.methods.base import Method
 
 _DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8
+# They decide the shapes of the text tower's work, which the host has to know without asking the device.
+_ON_HOST = frozenset({"text_lengths", "mlm_index"})
 
 
 def project_cache(config: RunConfig) -> Path:
@@ -121,7 +123,11 @@ class TrainData:
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Copy a micro-batch's tensors to the device, without waiting when memory is pinned."""
-        return {k: v.to(self._device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        moved = dict(batch)
+        for name, value in batch.items():
+            if torch.is_tensor(value) and name not in _ON_HOST:
+                moved[name] = value.to(self._device, non_blocking=True)
+        return moved
 
     def samples_seen(self, step: int) -> dict[str, int]:
         """Samples of each source after `step` steps."""

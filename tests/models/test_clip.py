@@ -42,10 +42,10 @@ def test_encoders_return_unnormalised_features(name):
     assert model.embed_dim == 40
     assert image_features.shape == text_features.shape == (4, 40)
     assert logit_scale.shape == (1,)
-    text = model.encode_text(token_ids, text_lengths)
-    assert text.hidden_states.shape == (4, 12, 128)
+    text = model.encode_text(token_ids, text_lengths, state_rows=torch.tensor([0, 2, 13]))
+    assert text.states.shape == (3, 128)
     torch.testing.assert_close(text.features, text_features)
-    assert model.encode_text(token_ids, text_lengths, with_hidden_states=False).hidden_states is None
+    assert model.encode_text(token_ids, text_lengths).states is None
     assert (text.features.norm(dim=-1) - 1).abs().min() > 0.1
 
 
@@ -60,6 +60,25 @@ def test_views_share_a_pass_unless_they_would_share_batch_statistics(name, passe
     assert len(calls) == passes
     expected = torch.stack([reference.encode_image(view) for view in views])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_view_drops_patches_by_its_own_keys():
+    model = make_model(patch_dropout=0.5)
+    images, keys = make_batch()[0], torch.randint(2**62, (2, 4))
+    views = torch.stack([images, images])
+    features = model.encode_image_views(views, keys)
+    expected = torch.stack([model.encode_image(images, view_keys) for view_keys in keys])
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(features[0], features[1]).all(dim=1).any()
+    torch.testing.assert_close(model(*make_batch(), keys[1])[0], expected[1])
+
+
+@pytest.mark.parametrize("name", ["rn_nano_32", "timm:test_vit"])
+def test_towers_without_patch_dropout_ignore_the_keys(name):
+    model = make_model(name, image_size=32 if name == "rn_nano_32" else 64).eval()
+    views = make_batch(model.image_tower.image_size)[0][None]
+    keys = torch.arange(4)[None]
+    assert torch.equal(model.encode_image_views(views, keys), model.encode_image_views(views))
 
 
 @pytest.mark.parametrize("name", ["vit_nano_p8_32", "rn_nano_64", "timm:regnety_002", "timm:test_vit"])

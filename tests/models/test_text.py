@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from models.text import TextTransformer
 
@@ -23,45 +24,109 @@ def make_token_ids(padding: str = "zeros", positions: int = 20) -> torch.Tensor:
     return token_ids.where(~is_padding, other)
 
 
-@pytest.mark.parametrize("with_hidden_states", [True, False])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
-def test_trimming_equals_the_whole_context(with_hidden_states, dtype, tolerance):
-    tower, token_ids = make_tower().to(dtype), make_token_ids()
-    widths = []
-    tower.transformer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    trimmed, states = tower(token_ids, LENGTHS, with_hidden_states)
-    # An extra caption of full length keeps every position.
-    whole, whole_states = tower(
-        torch.cat([token_ids, token_ids[:1]]), torch.cat([LENGTHS, torch.tensor([20])]), with_hidden_states
-    )
-    assert widths == [12, 20]
-    assert (F.normalize(trimmed, dim=-1) - F.normalize(whole[:4], dim=-1)).abs().max() <= tolerance
-    if with_hidden_states:
-        assert states.shape == (4, 20, 128)
-        torch.testing.assert_close(states[:, :12], whole_states[:4, :12], atol=4 * tolerance, rtol=0)
-        assert not states[:, 12:].any()
+def all_rows(lengths: torch.Tensor = LENGTHS, positions: int = 20) -> torch.Tensor:
+    """Flat positions of every token of every caption."""
+    return (torch.arange(positions) < lengths[:, None]).flatten().nonzero()[:, 0]
+
+
+def padded_reference(
+    tower: TextTransformer, token_ids: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tower on every position of the padded ids, written out; features and all states [n, T, width]."""
+    num_positions = token_ids.shape[1]
+    hidden = torch.ones(num_positions, num_positions, dtype=torch.bool).triu(1)
+    x = tower.token_embedding.weight[token_ids] + tower.positional_embedding[:num_positions]
+    for block in tower.transformer.resblocks:
+        attention, mlp = block.attn, block.mlp
+        query, key, value = (
+            (block.ln_1(x) @ attention.in_proj_weight.T + attention.in_proj_bias)
+            .unflatten(-1, (3, attention.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        scores = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).masked_fill(hidden, float("-inf"))
+        attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        x = x + attention.out_proj(attended)
+        inner = mlp.c_fc(block.ln_2(x))
+        x = x + mlp.c_proj(inner * torch.sigmoid(1.702 * inner))
+    states = tower.ln_final(x)
+    return tower.text_projection(states[torch.arange(len(lengths)), lengths - 1]), states
+
+
+def gradients(tower: TextTransformer) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in tower.named_parameters()}
+
+
+@pytest.mark.parametrize("lengths", [[4, 9, 2, 12], [7, 7, 7, 7], [1, 20, 20, 1]])
+@pytest.mark.parametrize(
+    "wanted", [None, [], [0, 61, 22, 60, 21], "all"], ids=["features", "no_states", "some_states", "all_states"]
+)
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_packing_equals_the_padded_tower(lengths, wanted, activation_checkpointing):
+    tower = make_tower(projection_bias=True, activation_checkpointing=activation_checkpointing).double()
+    reference = make_tower(projection_bias=True).double()
+    lengths = torch.tensor(lengths)
+    token_ids = make_token_ids("random")
+    rows = all_rows(lengths) if wanted == "all" else wanted
+    if isinstance(rows, list):
+        rows = torch.tensor(rows, dtype=torch.long)
+        rows = rows[rows % 20 < lengths[rows // 20]]
+    features, states = tower(token_ids, lengths, rows)
+    expected, every_state = padded_reference(reference, token_ids, lengths)
+    torch.testing.assert_close(features, expected, atol=1e-10, rtol=0)
+    loss, expected_loss = features.square().sum(), expected.square().sum()
+    if rows is None:
+        assert states is None
     else:
-        assert states is None and whole_states is None
+        expected_states = every_state.flatten(0, 1)[rows]
+        torch.testing.assert_close(states, expected_states, atol=1e-10, rtol=0)
+        weights = torch.randn(states.shape, dtype=torch.float64)
+        loss, expected_loss = loss + (states * weights).sum(), expected_loss + (expected_states * weights).sum()
+    loss.backward()
+    expected_loss.backward()
+    torch.testing.assert_close(gradients(tower), gradients(reference), atol=1e-10, rtol=1e-10)
 
 
-def test_without_hidden_states_features_and_gradients_are_the_same():
-    towers = make_tower().double(), make_tower().double()
-    features = [
-        tower(make_token_ids(), LENGTHS, wanted)[0] for tower, wanted in zip(towers, (True, False), strict=True)
-    ]
-    torch.testing.assert_close(*features)
-    for output in features:
-        output.square().sum().backward()
-    for (name, one), other in zip(towers[0].named_parameters(), towers[1].parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, msg=name)
+def test_a_row_asked_for_twice_counts_twice():
+    # The last token of the first caption is pooled and, twice, a state.
+    tower, reference = make_tower().double(), make_tower().double()
+    features, states = tower(make_token_ids(), LENGTHS, torch.tensor([3, 3]))
+    (features.sum() + states.square().sum()).backward()
+    expected, every_state = padded_reference(reference, make_token_ids(), LENGTHS)
+    (expected.sum() + 2 * every_state[0, 3].square().sum()).backward()
+    torch.testing.assert_close(gradients(tower), gradients(reference), atol=1e-10, rtol=1e-10)
+
+
+def test_only_real_tokens_are_computed():
+    tower = make_tower(layers=2)
+    tokens = {}
+    for name, module in tower.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, args, name=name: tokens.__setitem__(name, args[0].shape[0]))
+    tower(make_token_ids(), LENGTHS, torch.tensor([0, 3]))
+    total, used = int(LENGTHS.sum()), 5  # Four pooled tokens, one of which is also asked for.
+    expected = {"ln_final": used, "text_projection": 4}
+    for block, ends in ((0, total), (1, used)):
+        prefix = f"transformer.resblocks.{block}"
+        expected |= {f"{prefix}.ln_1": total, f"{prefix}.attn.out_proj": ends, f"{prefix}.ln_2": ends}
+        expected |= {f"{prefix}.mlp.c_fc": ends, f"{prefix}.mlp.c_proj": ends}
+    assert tokens == expected
 
 
 def test_padding_content_has_no_effect():
     tower = make_tower()
-    for wanted in (True, False):
-        one, _ = tower(make_token_ids("zeros"), LENGTHS, wanted)
-        other, _ = tower(make_token_ids("random"), LENGTHS, wanted)
-        assert torch.equal(one, other)
+    one, states = tower(make_token_ids("zeros"), LENGTHS, all_rows())
+    other, other_states = tower(make_token_ids("random"), LENGTHS, all_rows())
+    assert torch.equal(one, other)
+    assert torch.equal(states, other_states)
+    narrow, _ = tower(make_token_ids("zeros")[:, :12], LENGTHS)
+    assert torch.equal(narrow, tower(make_token_ids("random"), LENGTHS)[0])
+
+
+def test_captions_do_not_see_each_other():
+    tower = make_tower().double()
+    together, _ = tower(make_token_ids(), LENGTHS)
+    alone = [tower(make_token_ids()[row : row + 1], LENGTHS[row : row + 1])[0] for row in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-12, rtol=0)
 
 
 def test_a_token_changes_later_states_only():
@@ -70,20 +135,25 @@ def test_a_token_changes_later_states_only():
     changed = token_ids.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 500
     lengths = torch.full((4,), 20)
-    _, before = tower(token_ids, lengths)
-    _, after = tower(changed, lengths)
+    before, after = (tower(ids, lengths, torch.arange(80))[1].unflatten(0, (4, 20)) for ids in (token_ids, changed))
     assert torch.equal(before[:, :6], after[:, :6])
     assert ((before[:, 6:] - after[:, 6:]).abs().amax(-1) > 1e-5).all()
 
 
-def test_features_are_the_projected_state_of_the_last_token():
-    tower = make_tower(projection_bias=True)
-    with torch.no_grad():
-        tower.text_projection.bias.normal_()
-    features, states = tower(make_token_ids(), LENGTHS)
-    for row, length in enumerate(LENGTHS):
-        expected = tower.text_projection.weight @ states[row, length - 1] + tower.text_projection.bias
-        torch.testing.assert_close(features[row], expected)
+def test_compiled_tower_keeps_its_graphs_when_shapes_change():
+    counter = CompileCounterWithBackend("eager")
+    tower, compiled = make_tower(layers=2), make_tower(layers=2)
+    compiled.compile(backend=counter, dynamic=True)
+    frames = []
+    for size in (3, 5, 8):
+        lengths = torch.randint(1, 21, (size,), generator=torch.Generator().manual_seed(size))
+        token_ids = torch.randint(1, 500, (size, int(lengths.max())))
+        rows = all_rows(lengths, token_ids.shape[1])[::3]
+        for output, expected in zip(compiled(token_ids, lengths, rows), tower(token_ids, lengths, rows), strict=True):
+            torch.testing.assert_close(output, expected)
+        frames.append(counter.frame_count)
+    assert frames[0] > 0
+    assert frames[1] == frames[-1]
 
 
 def test_initial_weights_follow_clip():
@@ -105,13 +175,13 @@ def test_initial_weights_follow_clip():
         assert not bias.any()
 
 
-def test_activation_checkpointing_changes_nothing():
-    towers = make_tower(), make_tower(activation_checkpointing=True)
-    for tower in towers:
-        features, states = tower(make_token_ids(), LENGTHS)
-        (features.square().sum() + states.square().sum()).backward()
-    for one, other in zip(towers[0].parameters(), towers[1].parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
+def test_activation_checkpointing_recomputes_every_block():
+    tower = make_tower(activation_checkpointing=True)
+    calls = []
+    for block in tower.transformer.resblocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    tower(make_token_ids(), LENGTHS)[0].sum().backward()
+    assert all(calls.count(block) == 2 for block in tower.transformer.resblocks)
 
 
 @pytest.mark.parametrize("pure", [False, True])
@@ -119,25 +189,53 @@ def test_bfloat16_stays_close_to_fp32(pure):
     tower = make_tower()
     expected = tower(make_token_ids(), LENGTHS)[0].detach()
     if pure:
-        features, states = tower.to(torch.bfloat16)(make_token_ids(), LENGTHS)
+        features, states = tower.to(torch.bfloat16)(make_token_ids(), LENGTHS, all_rows())
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            features, states = tower(make_token_ids(), LENGTHS)
+            features, states = tower(make_token_ids(), LENGTHS, all_rows())
     assert features.dtype == torch.bfloat16
+    assert states.shape == (27, 128)
     assert F.cosine_similarity(features.float(), expected).min() > 0.999
     (features.float().sum() + states.float().sum()).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in tower.parameters())
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "lengths", "message"),
+    ("positions", "lengths", "rows", "message"),
     [
-        (torch.ones(2, 21, dtype=torch.long), torch.tensor([3, 3]), "21 positions, more than context_length 20"),
-        (torch.ones(2, 5, dtype=torch.long), torch.tensor([3, 6]), r"text_lengths span \[3, 6\]"),
-        (torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 3]), r"text_lengths span \[0, 3\]"),
-        (torch.ones(2, 5, dtype=torch.long), torch.tensor([3]), "do not match"),
+        (21, [3, 3], None, "21 positions, more than context_length 20"),
+        (5, [3, 6], None, r"text_lengths span \[3, 6\]"),
+        (5, [0, 3], None, r"text_lengths span \[0, 3\]"),
+        (5, [3], None, "do not match"),
+        (5, [3, 3], [2, 3], "state_rows name 3, which is no token of a caption"),
+        (5, [3, 3], [10], "state_rows name 10,"),
+        (5, [3, 3], [-1], "state_rows name -1,"),
     ],
 )
-def test_wrong_arguments_are_refused(token_ids, lengths, message):
+def test_wrong_arguments_are_refused(positions, lengths, rows, message):
+    token_ids = torch.ones(2, positions, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        make_tower()(token_ids, lengths)
+        make_tower()(token_ids, torch.tensor(lengths), None if rows is None else torch.tensor(rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("host_lengths", [True, False])
+def test_cuda_equals_the_cpu_and_does_not_wait(host_lengths):
+    tower, token_ids, rows = make_tower(), make_token_ids("random"), all_rows()
+    features, states = tower(token_ids, LENGTHS, rows)
+    tower.cuda()
+    lengths, rows = (LENGTHS, rows) if host_lengths else (LENGTHS.cuda(), rows.cuda())
+    arguments = (token_ids.cuda(), lengths, rows)
+    if host_lengths:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device, states_on_device = tower(*arguments)
+        with torch.autocast("cuda", torch.bfloat16):
+            half, _ = tower(*arguments)
+        (on_device.sum() + states_on_device.sum() + half.float().sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(on_device.cpu(), features, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(states_on_device.cpu(), states, atol=1e-4, rtol=1e-3)
+    assert F.cosine_similarity(half.float().cpu(), features).min() > 0.999

@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.patch_dropout import kept_patches
+from models.sequences import PackedSequences, UniformSequences
 from models.transformer import Transformer, quick_gelu
 from models.vit import VisionTransformer, unfold_patches
 
@@ -15,6 +17,10 @@ def make_tower(**options) -> VisionTransformer:
 
 def make_images(count: int = 3, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def make_keys(count: int = 3, seed: int = 2) -> torch.Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -34,35 +40,44 @@ def test_quick_gelu_is_the_textbook_form():
     assert torch.autograd.gradcheck(quick_gelu, x)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_pooled_last_block_equals_the_full_one(causal):
+@pytest.mark.parametrize(
+    ("sequences", "rows"),
+    [
+        (UniformSequences(5, 7), [0, 13, 17, 24, 29]),
+        (PackedSequences.of(torch.tensor([4, 7, 7, 17]), torch.device("cpu")), [0, 3, 4, 20, 33, 34]),
+    ],
+    ids=["uniform", "packed"],
+)
+def test_last_block_for_some_rows_equals_the_full_one(sequences, rows):
     torch.manual_seed(0)
-    transformer = Transformer(64, 3, 2, causal=causal).double()
-    x = torch.randn(5, 7, 64, dtype=torch.float64, requires_grad=True)
-    positions = torch.tensor([0, 6, 3, 3, 1])
-    rows = torch.arange(5)
-    upstream = torch.randn(5, 64, dtype=torch.float64)
-    (transformer(x)[rows, positions] * upstream).sum().backward()
+    transformer = Transformer(64, 3, 2).double()
+    x = torch.randn(35, 64, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor(rows)
+    upstream = torch.randn(len(rows), 64, dtype=torch.float64)
+    (transformer(x, sequences)[rows] * upstream).sum().backward()
     expected, expected_grad = gradients(transformer), x.grad
     x.grad = None
     transformer.zero_grad()
-    pooled = transformer(x, positions)
-    assert pooled.shape == (5, 1, 64)
-    torch.testing.assert_close(pooled[:, 0], transformer(x)[rows, positions])
-    (pooled[:, 0] * upstream).sum().backward()
+    pooled = transformer(x, sequences, rows)
+    assert pooled.shape == (len(rows), 64)
+    torch.testing.assert_close(pooled, transformer(x, sequences)[rows])
+    (pooled * upstream).sum().backward()
     torch.testing.assert_close(x.grad, expected_grad)
     torch.testing.assert_close(gradients(transformer), expected)
 
 
-def test_attention_equals_torch_multihead_attention():
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_torch_multihead_attention(causal):
     torch.manual_seed(0)
-    transformer = Transformer(64, 1, 4, causal=True)
-    attention = transformer.resblocks[0].attn
+    attention = Transformer(64, 1, 4).resblocks[0].attn
     reference = torch.nn.MultiheadAttention(64, 4, batch_first=True)
     reference.load_state_dict(attention.state_dict())
     x = torch.randn(2, 6, 64)
-    mask = torch.full((6, 6), float("-inf")).triu(1)
-    torch.testing.assert_close(attention(x), reference(x, x, x, attn_mask=mask, need_weights=False)[0])
+    mask = torch.full((6, 6), float("-inf")).triu(1) if causal else None
+    lengths = torch.tensor([6, 6])
+    sequences = PackedSequences.of(lengths, x.device) if causal else UniformSequences(2, 6)
+    expected = reference(x, x, x, attn_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(attention(x.flatten(0, 1), sequences).unflatten(0, (2, 6)), expected)
 
 
 def test_initial_weights_follow_clip():
@@ -88,8 +103,7 @@ def test_activation_checkpointing_changes_nothing_and_recomputes():
     calls = []
     recomputing.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for tower in (plain, recomputing):
-        torch.manual_seed(2)
-        tower(make_images()).square().sum().backward()
+        tower(make_images(), make_keys()).square().sum().backward()
     assert len(calls) == 2
     for name, gradient in gradients(plain).items():
         assert torch.equal(gradient, gradients(recomputing)[name]), name
@@ -102,48 +116,45 @@ def test_stacked_views_equal_separate_passes():
     torch.testing.assert_close(together, torch.stack([tower(view) for view in views]), atol=1e-6, rtol=1e-5)
 
 
-def test_patch_dropout_keeps_a_random_subset_and_replays():
-    tower = make_tower(patch_dropout=0.5)
+def test_patch_dropout_depends_on_the_key_of_an_image_alone():
+    tower = make_tower(patch_dropout=0.5).double()
     assert tower.num_kept_patches == 8
-    lengths = []
-    tower.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    images = make_images()
-    torch.manual_seed(3)
-    first = tower(images)
-    second = tower(images)
-    torch.manual_seed(3)
-    assert torch.equal(tower(images), first)
-    assert not torch.allclose(first, second)
-    tower.eval()
-    torch.testing.assert_close(tower(images), make_tower().eval()(images))
-    assert lengths == [9, 9, 9, 17]
+    counts = []
+    tower.transformer.register_forward_pre_hook(lambda _, args: counts.append(args[1].length))
+    images, keys = make_images(6).double(), make_keys(6)
+    whole = tower(images, keys)
+    parts = [tower(images[rows], keys[rows]) for rows in (slice(0, 2), slice(2, 3), slice(3, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-12, rtol=0)
+    assert not torch.isclose(tower(images, keys + 1), whole).all(dim=1).any()
+    assert counts == [9, 9, 9, 9, 9]
 
 
-def test_patch_dropout_equals_attending_to_the_kept_patches_only(monkeypatch):
-    tower = make_tower(patch_dropout=0.75)
-    kept = torch.tensor([[5, 0, 9, 12], [1, 2, 3, 4], [15, 14, 13, 0]])
-    monkeypatch.setattr(tower, "_draw_kept_patches", lambda patches: kept)
-    images = make_images()
-    features = tower(images)
-    for row, indices in enumerate(kept):
+def test_no_patch_is_dropped_in_evaluation_or_at_zero():
+    images, keys = make_images(), make_keys()
+    expected = make_tower()(images)
+    torch.testing.assert_close(make_tower(patch_dropout=0.5).eval()(images, keys), expected)
+    assert torch.equal(make_tower(patch_dropout=0.5).eval()(images), make_tower(patch_dropout=0.5).eval()(images, keys))
+    assert torch.equal(make_tower()(images, keys), expected)
+
+
+def test_patch_dropout_equals_attending_to_the_kept_patches_only():
+    tower, images, keys = make_tower(patch_dropout=0.75), make_images(), make_keys()
+    features = tower(images, keys)
+    for row, indices in enumerate(kept_patches(keys, 16, 4)):
         reference = make_tower()
         positions = reference.positional_embedding.data
         reference.positional_embedding.data = positions[torch.cat([torch.tensor([0]), 1 + indices])]
-        patches = unfold_patches(images[row : row + 1], 8)[:, indices]
+        patches = unfold_patches(images[row : row + 1], 8)[0, indices]
         tokens = reference.patch_embed(patches) + reference.positional_embedding[1:]
-        class_token = (reference.class_embedding + reference.positional_embedding[0])[None, None]
-        states = reference.transformer(reference.ln_pre(torch.cat([class_token, tokens], dim=1)))
-        torch.testing.assert_close(features[row], reference.proj(reference.ln_post(states[0, 0])))
+        class_token = (reference.class_embedding + reference.positional_embedding[0])[None]
+        states = reference.transformer(reference.ln_pre(torch.cat([class_token, tokens])), UniformSequences(1, 5))
+        torch.testing.assert_close(features[row], reference.proj(reference.ln_post(states[0])))
 
 
-def test_every_patch_is_equally_likely_to_be_kept():
-    tower = make_tower(patch_dropout=0.75)
-    torch.manual_seed(0)
-    kept = tower._draw_kept_patches(torch.zeros(4000, 16, 1))
-    assert kept.shape == (4000, 4)
-    assert all(len(set(row)) == 4 for row in kept[:50].tolist())
-    frequencies = torch.bincount(kept.flatten(), minlength=16) / 4000
-    torch.testing.assert_close(frequencies, torch.full((16,), 0.25), atol=0.03, rtol=0)
+@pytest.mark.parametrize("keys", [None, make_keys(2), make_keys(3)[:, None]])
+def test_patch_dropout_without_a_key_per_image_is_refused(keys):
+    with pytest.raises(ValueError, match=r"one int64 key per image.*for 3 images"):
+        make_tower(patch_dropout=0.5)(make_images(), keys)
 
 
 def test_frozen_patch_embedding_gets_no_gradient():
@@ -158,14 +169,12 @@ def test_frozen_patch_embedding_gets_no_gradient():
 def test_bfloat16_stays_close_to_fp32(pure):
     tower = make_tower(patch_dropout=0.5)
     images = make_images()
-    torch.manual_seed(4)
-    expected = tower(images).detach()
-    torch.manual_seed(4)
+    expected = tower(images, make_keys()).detach()
     if pure:
-        features = tower.to(torch.bfloat16)(images)
+        features = tower.to(torch.bfloat16)(images, make_keys())
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            features = tower(images)
+            features = tower(images, make_keys())
     assert features.dtype == torch.bfloat16
     assert F.cosine_similarity(features.float(), expected).min() > 0.999
     features.float().square().sum().backward()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losses import normalize
 from models.clip import ClipModel
 from trainer.config import Section
+from trainer.gradient_cache import encode_micro_batches
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,8 +36,8 @@ class BoundedParameter:
 class Method(nn.Module):
     """A training method, given whole to the engine so that one forward covers towers, heads and losses.
 
-    A step has two halves so that the gradient cache can run them apart: `encode` turns a micro-batch into feature
-    tensors, `objective` turns the features of this rank's whole share of the global batch into named terms.
+    A step has two halves, between which the gradient cache joins micro-batches: `encode` turns a micro-batch into
+    feature tensors, `objective` turns the features of this rank's whole share of the global batch into named terms.
 
     Attributes:
         image_views: Augmentation role of each image view, in order (`base`, `augmented`).
@@ -63,19 +64,16 @@ class Method(nn.Module):
         """Run one phase inside the engine.
 
         Args:
-            phase: `train` (encode and objective), `encode`, `objective`, `image` or `text` (evaluation).
-            inputs: A batch for `train` and `encode`, features for `objective`, `images` or `token_ids` and
-                `text_lengths` for evaluation.
+            phase: `train`, or for evaluation `image` or `text`.
+            inputs: `micro_batches` for `train`; `images`, or `token_ids` and `text_lengths`, for evaluation.
 
         Returns:
-            Named tensors; for `train` and `objective` the differentiable `loss` and detached `loss/<term>` scalars,
-            each this rank's share (the mean over ranks is the value for the global batch).
+            Named tensors; for `train` the differentiable `loss` and detached `loss/<term>` scalars, each this rank's
+            share (the mean over ranks is the value for the global batch).
         """
         if phase == "train":
-            return self.objective(self.encode(inputs))
-        return {"encode": self.encode, "objective": self.objective, "image": self.embed_image, "text": self.embed_text}[
-            phase
-        ](inputs)
+            return self.objective(encode_micro_batches(self.encode, inputs["micro_batches"], self.feature_dims))
+        return {"image": self.embed_image, "text": self.embed_text}[phase](inputs)
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features of one micro-batch; see the subclass for names and shapes."""
@@ -118,7 +116,7 @@ class Method(nn.Module):
 
     def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit-norm fp32 text embeddings of token_ids [n, T] with text_lengths [n]."""
-        output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"], with_hidden_states=False)
+        output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"])
         return {"embeddings": normalize(output.features)}
 
     def pixels(self, images: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class ClipMethod(Method):
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """image_features and text_features, each [1, m, embed_dim], not normalised."""
-        text = self.model.encode_text(batch["token_ids"][0], batch["text_lengths"][0], with_hidden_states=False)
+        text = self.model.encode_text(batch["token_ids"][0], batch["text_lengths"][0])
         return {
-            "image_features": self.model.encode_image_views(self.pixels(batch["images"])),
+            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
             "text_features": text.features.unsqueeze(0),
         }
 

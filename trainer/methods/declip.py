@@ -104,19 +104,17 @@ class DeclipMethod(Method):
             MLM also mlm_rows [n, text width] (states at the masked positions) and mlm_targets int64 [n].
         """
         token_ids = batch["token_ids"]
-        views, size = token_ids.shape[:2]
-        with_states = bool(self.weights["w_tss"])
-        text = self.model.encode_text(
-            token_ids.flatten(0, 1), batch["text_lengths"].flatten(), with_hidden_states=with_states
-        )
+        views, size, positions = token_ids.shape
+        state_rows = None
+        if self.weights["w_tss"]:
+            state_rows = batch["mlm_index"] + self.text_views.index("masked") * size * positions
+        text = self.model.encode_text(token_ids.flatten(0, 1), batch["text_lengths"].flatten(), state_rows=state_rows)
         features = {
-            "image_features": self.model.encode_image_views(self.pixels(batch["images"])),
+            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
             "text_features": text.features.unflatten(0, (views, size))[:2],
         }
-        if with_states:
-            masked_view = self.text_views.index("masked")
-            states = text.hidden_states.unflatten(0, (views, size))[masked_view]
-            features["mlm_rows"] = states.flatten(0, 1)[batch["mlm_index"]]
+        if state_rows is not None:
+            features["mlm_rows"] = text.states
             features["mlm_targets"] = batch["mlm_targets"]
         return features
 
