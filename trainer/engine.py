@@ -99,15 +99,9 @@ class Engine:
         """Run one phase of the method's forward."""
         return self.deepspeed(phase, inputs)
 
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Accumulate gradients; `last` marks the backward pass after which `step` follows."""
-        self.deepspeed.set_gradient_accumulation_boundary(last)
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass; gradients come out averaged over ranks."""
         self.deepspeed.backward(loss)
-
-    def loss_scale(self) -> float:
-        """The factor the next backward multiplies the loss by (1 unless fp16)."""
-        scaler = self.grad_scaler()
-        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The fp16 gradient scaler, wherever the stage keeps it."""
@@ -135,8 +129,9 @@ class Engine:
     def _step_unsharded(self) -> tuple[bool, float]:
         # ZeRO 0 has no finite check of its own. The gradients are already averaged, so all ranks see the same norm.
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale()
-        if math.isfinite(norm) or self.grad_scaler() is not None:
+        scaler = self.grad_scaler()
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / (1.0 if scaler is None else scaler.get_scale())
+        if math.isfinite(norm) or scaler is not None:
             self.deepspeed.step()
             return math.isfinite(norm), norm
         self.deepspeed.zero_grad()

@@ -1,64 +1,34 @@
 """Micro-batches smaller than a rank's share, with the whole global batch as negatives in every term.
 
-Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021. Features of all
-micro-batches are computed without a graph, the objective runs once on them, and each micro-batch is encoded again
-under its own random state with the feature gradients as upstream gradients: the exact full-batch gradient.
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021. Their two passes
+are activation checkpointing with one micro-batch as the segment: the first forward keeps features only, the objective
+runs once on all of them, and its one backward encodes each micro-batch again, under its own random state, when the
+gradient of its features is there. So the engine sees one forward and one backward whatever the number of
+micro-batches: gradients are reduced once, and ZeRO's bookkeeping of accumulation steps is never involved.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from models.batch_norm import frozen_running_statistics
-from trainer.engine import Engine
+from torch.utils.checkpoint import checkpoint
 
 
-def cached_step(engine: Engine, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Forward and backward of one step over several micro-batches.
+def encode_micro_batches(
+    encode: Callable[[dict[str, Any]], dict[str, Tensor]], micro_batches: list[dict[str, Any]], dims: dict[str, int]
+) -> dict[str, Tensor]:
+    """Features of this rank's whole share, with the activations of one micro-batch at a time in memory.
 
     Args:
-        engine: The engine; its `step` is the caller's.
+        encode: Micro-batch to named feature tensors.
         micro_batches: This rank's micro-batches in order, on the device.
+        dims: Dimension along which a feature is joined, where it is not 0.
 
     Returns:
-        The objective's terms, as from a single forward over the whole share.
+        The features of all micro-batches, joined; differentiable as if encoded in one piece.
     """
-    states = []
-    pieces = []
-    with torch.no_grad():
-        for batch in micro_batches:
-            states.append(_random_state(engine.device))
-            pieces.append(engine("encode", batch))
-    dims = engine.method.feature_dims
-    features = {name: torch.cat([p[name] for p in pieces], dim=dims.get(name, 0)) for name in pieces[0]}
-    leaves = {name: value.requires_grad_() for name, value in features.items() if value.is_floating_point()}
-    # The upstream gradients come back multiplied by the loss scale, which the second backward applies again.
-    scale = engine.loss_scale()
-    terms = engine("objective", features)
-    engine.backward(terms["loss"], last=False)
-    gradients = {
-        name: (leaf.grad / scale).split([p[name].shape[dims.get(name, 0)] for p in pieces], dim=dims.get(name, 0))
-        for name, leaf in leaves.items()
-    }
-    after = _random_state(engine.device)
-    for index, batch in enumerate(micro_batches):
-        _restore_random_state(states[index], engine.device)
-        # Running statistics saw this micro-batch in the first pass.
-        with frozen_running_statistics(engine.method):
-            encoded = engine("encode", batch)
-        surrogate = sum((encoded[name].float() * parts[index]).sum() for name, parts in gradients.items())
-        engine.backward(surrogate, last=index == len(micro_batches) - 1)
-    _restore_random_state(after, engine.device)
-    return terms
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-def _restore_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    if len(micro_batches) == 1:
+        return encode(micro_batches[0])
+    pieces = [checkpoint(encode, batch, use_reentrant=False) for batch in micro_batches]
+    return {name: torch.cat([piece[name] for piece in pieces], dim=dims.get(name, 0)) for name in pieces[0]}

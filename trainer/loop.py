@@ -19,7 +19,6 @@ from trainer.ds_config import BatchPlan
 from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
-from trainer.gradient_cache import cached_step
 from trainer.launch import Place
 from trainer.metrics import Console, MetricsWriter
 from trainer.pipeline import TrainData
@@ -125,12 +124,8 @@ def _train_step(run: Run, step: int, micro_batches: list[dict[str, Any]]) -> tup
     engine.deepspeed.train()
     # A fresh stream each step makes dropout a function of (seed, step, rank): nothing to save, exact after a resume.
     torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank)
-    moved = [run.data.to_device(batch) for batch in micro_batches]
-    if len(moved) == 1:
-        terms = engine("train", moved[0])
-        engine.backward(terms["loss"])
-    else:
-        terms = cached_step(engine, moved)
+    terms = engine("train", {"micro_batches": [run.data.to_device(batch) for batch in micro_batches]})
+    engine.backward(terms["loss"])
     engine.set_learning_rate(_rate(config, step))
     applied, grad_norm = engine.step()
     engine.project(engine.method.bounded_parameters())

@@ -29,6 +29,16 @@ def test_two_ranks_log_what_one_rank_logs(method, stage, reference, shards, cach
     compare(steps(tmp_path / "run"), reference[method])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_gradient_cache_logs_what_the_whole_batch_logs(world_size, stage, reference, shards, cache, tmp_path):
+    recipe = write_recipe(tmp_path / "declip.yaml", shards, train={"micro_batch_size": 2})
+    arguments = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(stage)]
+    finished = run_trainer(arguments, cache, world_size)
+    assert f"16 = 2 x {8 // world_size} x {world_size}" in finished.output
+    compare(steps(tmp_path / "run"), reference["declip"])
+
+
 def compare(found: dict[int, dict], expected: dict[int, dict]) -> None:
     """Same steps and data to the bit; every number to float tolerance."""
     assert found.keys() == expected.keys()
