@@ -75,6 +75,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
     for warning in warnings:
         console.warn(warning)
+    console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
     sources = index_sources(config, place)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
@@ -205,7 +206,7 @@ def _announce(
     samples = sum(data.loader.order.num_samples)
     console.line(
         f"{config.recipe}: {config.method['name']} on {config.model.name}, {parameters / 1e6:.1f} M trained "
-        f"parameters, {samples} training pairs -> {run_dir}"
+        f"parameters, {samples} training pairs"
     )
     console.line(
         f"{place.world_size} rank(s) on {engine.device.type} by {place.launcher}, ZeRO {engine.stage}, {precision}; "
