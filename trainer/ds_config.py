@@ -109,6 +109,7 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
         "bf16.enabled": (False, "train.precision (fp32 parameters, torch_autocast)"),
         "fp16.enabled": (False, "train.precision (fp32 parameters, torch_autocast)"),
     }
+    _check_fp16_clipping(tree, precision, config)
     for dotted, (value, key) in owned.items():
         _fill(tree, dotted, value, key, source)
     if not lowered:
@@ -118,6 +119,16 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
     tree.setdefault("steps_per_print", 2**31 - 1)
     tree["zero_allow_untested_optimizer"] = True
     return _describe(tree, source)
+
+
+def _check_fp16_clipping(tree: dict[str, Any], precision: str, config: RunConfig) -> None:
+    zero = tree.get("zero_optimization")
+    if precision == "fp16" and config.optimizer.gradient_clipping and isinstance(zero, dict) and zero.get("stage"):
+        # DeepSpeed clips the gradients while they are still multiplied by the loss scale.
+        raise ConfigError(
+            f"optimizer.gradient_clipping {config.optimizer.gradient_clipping} does not work with train.precision fp16 "
+            "at ZeRO 1 to 3; use bf16, ZeRO 0 or no clipping"
+        )
 
 
 def _describe(tree: dict[str, Any], source: str) -> ResolvedDeepSpeed:

@@ -122,9 +122,15 @@ class Engine:
         """
         if self.stage == 0:
             return self._step_unsharded()
+        scaler = self.grad_scaler()
+        scale = 1.0 if scaler is None else scaler.get_scale()
         self.deepspeed.step()
+        applied = self.deepspeed.was_step_applied()
+        if scaler is not None and not applied:
+            # ZeRO leaves before it has told the scaler of an overflow; without this the scale would never come down.
+            scaler.update(scale * scaler.get_backoff_factor())
         norm = self.deepspeed.get_global_grad_norm()
-        return self.deepspeed.was_step_applied(), math.nan if norm is None else float(norm)
+        return applied, math.nan if norm is None else float(norm) / scale
 
     def _step_unsharded(self) -> tuple[bool, float]:
         # ZeRO 0 has no finite check of its own. The gradients are already averaged, so all ranks see the same norm.
