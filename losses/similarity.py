@@ -4,9 +4,10 @@ Numerics: every tile is shifted by its own row maxima for the row sums and by it
 sums, so no sum can underflow at any logit scale. Column sums of tiles and ranks meet in float64 as exp(lse - scale),
 whose exponent is at least -2 * scale for unit-length features: representable up to a logit scale of 350.
 
-Two implementations of the work on one tile, chosen by the environment variable DECLIP_SIMILARITY: "torch" (the
-reference, any device), "triton" (fused kernels that keep logits on chip, and so neither need the slab budget nor use
-it) and "auto", the default: triton on NVIDIA GPUs where it is installed and takes the features' type, torch elsewhere.
+Two implementations of the work on one tile, chosen by the environment variable DECLIP_SIMILARITY: "torch" (the default
+and the reference, any device), "triton" (fused kernels that keep logits on chip, and so neither need the slab budget
+nor use it) and "auto": triton on NVIDIA GPUs where it is installed and takes the features' type, torch elsewhere. The
+kernels become the default on CUDA once somebody has measured them faster there.
 """
 
 import functools
@@ -79,7 +80,7 @@ def _triton_kernels() -> ModuleType | None:
 
 def _fused_kernels(features: Tensor) -> ModuleType | None:
     """The fused kernels if they are to be used for these features, None for torch."""
-    choice = os.environ.get("DECLIP_SIMILARITY", "auto")
+    choice = os.environ.get("DECLIP_SIMILARITY", "torch")
     if choice == "torch" or (choice == "auto" and not features.is_cuda):
         return None
     if choice not in ("auto", "triton"):

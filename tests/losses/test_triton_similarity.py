@@ -237,7 +237,7 @@ def test_without_triton_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "losses.triton_similarity", raising=False)
     monkeypatch.delattr(losses, "triton_similarity", raising=False)
-    monkeypatch.delenv("DECLIP_SIMILARITY", raising=False)
+    monkeypatch.setenv("DECLIP_SIMILARITY", "auto")
     find = losses.similarity._triton_kernels.__wrapped__
     monkeypatch.setattr(losses.similarity, "_triton_kernels", find)
     assert find() is None
@@ -265,6 +265,8 @@ def test_choice_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.unsupported.return_value = reason
         assert choose(on_cpu) is cpu
         assert choose(on_gpu) is gpu
+    monkeypatch.delenv("DECLIP_SIMILARITY")
+    assert choose(on_gpu) is None
     kernels.unsupported.return_value = "too old"
     with pytest.raises(ValueError, match="cannot be followed: too old"):
         choose(on_gpu)
