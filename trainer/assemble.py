@@ -49,7 +49,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     Args:
         config: The configuration.
         arguments: Parsed command line (`ds_config`, `resume`, `dry_run`).
-        run_dir: The run's folder.
+        run_dir: The run's folder; rank 0's counts.
         place: This rank.
 
     Returns:
@@ -71,6 +71,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             print(describe_plan(config, method, resolved, plan, precision))
         return None
     init_distributed(device, place)
+    # The default name holds the time of day, which ranks need not agree on.
+    run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
     checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
     for warning in warnings:
@@ -180,7 +182,9 @@ def _open_run_dir(
 ) -> MetricsWriter | None:
     if not place.is_main:
         return None
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    # How long this process runs is not part of the run.
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
+    (run_dir / "config.yaml").write_text(dump_config(whole), encoding="utf-8")
     (run_dir / "ds_config.json").write_text(json.dumps(resolved.config, indent=2) + "\n", encoding="utf-8")
     (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
     dropped = truncate_metrics(run_dir, state.step)

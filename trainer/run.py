@@ -6,7 +6,6 @@ built-in set, on the GPUs or the CPU it finds.
 
 import argparse
 import datetime
-import os
 import sys
 from pathlib import Path
 
@@ -74,8 +73,7 @@ def main(argv: list[str]) -> None:
 
         run_dir = Path(arguments.run_dir) if arguments.run_dir else None
         config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
-        stamp = os.environ.get("DECLIP_RUN_STAMP") or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = run_dir or Path("runs") / f"{config.recipe}-{stamp}"
+        run_dir = run_dir or Path("runs") / f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         run = assemble(config, arguments, run_dir, place)
         if run is not None:
             train(run)

@@ -70,6 +70,18 @@ def test_resume_on_other_ranks_and_stages(first, second, uninterrupted, cache, t
 
 
 @pytest.mark.slow
+def test_resume_without_naming_the_recipe(uninterrupted, cache, tmp_path):
+    recipe, reference = uninterrupted
+    run_dir = tmp_path / "run"
+    run_trainer(
+        ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2), "--train.stop_after", "7"],
+        cache,
+    )
+    run_trainer(["--run_dir", str(run_dir), "--ds_config", ds_config(2), "--resume", "auto"], cache)
+    assert steps(run_dir) == steps(reference)
+
+
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back(uninterrupted, cache, tmp_path):
     recipe, reference = uninterrupted
     run_dir = tmp_path / "run"
