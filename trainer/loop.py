@@ -105,9 +105,10 @@ def train(run: Run) -> None:
             _evaluate(run)
         if stopped and run.place.is_main and run.state.step < config.train.steps:
             (run.run_dir / STOPPED_EARLY).touch()
+        # Not after an error: the vote in flight may be waiting for a rank that is gone.
+        preemption.close()
     finally:
         run.console.stop()
-        preemption.close()
 
 
 def _next_batches(run: Run, batches: Iterator[list[dict[str, Any]]]) -> list[dict[str, Any]]:
