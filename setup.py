@@ -18,12 +18,14 @@ setup(
         "torch>=2.11",
         "torchvision",
         "deepspeed>=0.19",
+        # Hugging Face towers and exports.
         "transformers>=4.50",
         "timm>=1.0",
         # The byte-level BPE vocabulary of CLIP ships inside this package.
         "open_clip_torch>=3.0",
         "tokenizers>=0.20",
         "ftfy",
+        "regex",
         "webdataset>=1.0",
         "numpy>=1.26",
         "pillow>=10.1",
@@ -32,14 +34,16 @@ setup(
         "rich>=13",
         "tensorboard",
         "filelock",
+        "fsspec",
         # The typefaces of the built-in set.
         "matplotlib>=3.8",
         "fonttools",
-        "requests",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff>=0.6"],
+        # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.
         "mpi": ["mpi4py>=4", "mpich"],
+        "remote": ["s3fs", "gcsfs", "huggingface_hub"],
         "tracking": ["wandb"],
     },
 )
