@@ -123,7 +123,8 @@ def _next_batches(run: Run, batches: Iterator[list[dict[str, Any]]]) -> list[dic
 def _train_step(run: Run, step: int, micro_batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], bool, float]:
     config, engine = run.config, run.engine
     engine.deepspeed.train()
-    # A fresh stream each step makes dropout a function of (seed, step, rank): nothing to save, exact after a resume.
+    # A fresh stream each step, so that a tower which draws from torch's generator (timm's drop path) leaves nothing to
+    # save and continues exactly; patch dropout is keyed by sample instead.
     torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank)
     terms = engine("train", {"micro_batches": [run.data.to_device(batch) for batch in micro_batches]})
     engine.backward(terms["loss"])

@@ -67,5 +67,5 @@ def _tokens(tokenizer: ClipTokenizer, texts: list[str], device: torch.device) ->
         row[: len(ids)] = ids
     return {
         "token_ids": torch.from_numpy(token_ids).to(device),
-        "text_lengths": torch.from_numpy(lengths).to(device),
+        "text_lengths": torch.from_numpy(lengths),
     }
