@@ -1,0 +1,119 @@
+"""How one measurement is taken: processor time, peak memory and exact counts, inside the process that runs the code."""
+
+import ctypes
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+_PROC = Path("/proc/self")
+# Asks the kernel to restart the peak of the resident set at its present value.
+_RESET_PEAK = "5"
+
+
+@dataclass
+class Measurement:
+    """What one process found.
+
+    Attributes:
+        seconds: Processor seconds by part, the least over repeats.
+        mib: Memory in MiB.
+        figures: Numbers that are the same in every run: counts of work, values that prove equal computation.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    mib: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def merged(self, other: Self) -> "Measurement":
+        """This measurement and its repetition in another process as one.
+
+        Raises:
+            RuntimeError: A figure differs, so the two did not do the same.
+        """
+        for name, value in self.figures.items():
+            if other.figures[name] != value:
+                raise RuntimeError(f"'{name}' must repeat exactly but was {value} and then {other.figures[name]}")
+        return Measurement(
+            {name: min(value, other.seconds[name]) for name, value in self.seconds.items()},
+            {name: max(value, other.mib[name]) for name, value in self.mib.items()},
+            dict(self.figures),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain form for JSON; `Measurement(**...)` reads it back."""
+        return asdict(self)
+
+
+def measure(parts: dict[str, Callable[[], Any]], *, repeats: int) -> Measurement:
+    """Runs all parts in order, `repeats` times, and keeps the least processor time of each and of their sum.
+
+    Memory and work are watched in the first repetition, which is timed only if it is the last too. The caller warms
+    up before: on a small input, so that neither one-time allocations of libraries count nor freed memory of a large
+    run is used again unseen, or by a whole step where that is what leaves the state of a running program.
+
+    Args:
+        parts: Name to code.
+        repeats: At least 1.
+
+    Returns:
+        `seconds` has every part and "total"; `mib` has "peak", what came on top of the memory in use before;
+        `figures` has "flops", see `count_flops`.
+    """
+    times: list[list[float]] = []
+
+    def run_once() -> None:
+        marks = [time.process_time()]
+        for part in parts.values():
+            part()
+            marks.append(time.process_time())
+        times.append([end - start for start, end in itertools.pairwise(marks)])
+
+    before = _start_watching_memory()
+    flops = count_flops(run_once)
+    peak = _status_mib("VmHWM") - before
+    for _ in range(repeats - 1):
+        run_once()
+    counted = times[1:] or times
+    seconds = {name: min(column) for name, column in zip(parts, zip(*counted, strict=True), strict=True)}
+    seconds["total"] = min(map(sum, counted))
+    return Measurement(seconds, {"peak": peak}, {"flops": flops})
+
+
+def count_flops(code: Callable[[], Any]) -> int:
+    """Floating-point operations of all matrix products and attentions in `code`, two per multiply-add.
+
+    Causal attention is counted as if all pairs of positions were computed.
+    """
+    # torch's table lacks the in-place form.
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+        code()
+    return counter.get_total_flops()
+
+
+def _addmm_flops(_input: torch.Size, left: torch.Size, right: torch.Size, **_options: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _start_watching_memory() -> float:
+    gc.collect()
+    # Memory that the allocator keeps after a free would be handed out again without a rise of the resident set.
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        (_PROC / "clear_refs").write_text(_RESET_PEAK)
+    except OSError as error:
+        raise RuntimeError(f"peak memory needs Linux with a writable /proc/self/clear_refs: {error}") from None
+    return _status_mib("VmRSS")
+
+
+def _status_mib(key: str) -> float:
+    for line in (_PROC / "status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
