@@ -21,7 +21,7 @@ from trainer.launch import Place
 from trainer.loop import STOPPED_EARLY, Run
 from trainer.methods import METHODS, Method, parse_method
 from trainer.metrics import Console, MetricsWriter, truncate_metrics
-from trainer.pipeline import TrainData, build_tokenizer, index_sources
+from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
 
 DEFAULT_RECIPE = "demo"
@@ -70,7 +70,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
         return None
-    init_distributed(device, place)
+    init_distributed(device, place, resolve_workers(config, place))
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)

@@ -37,8 +37,15 @@ def select_device(requested: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def init_distributed(device: torch.device, place: Place, timeout_minutes: float = 30.0) -> None:
-    """Start torch's process group through DeepSpeed, for NCCL or gloo."""
+def init_distributed(device: torch.device, place: Place, workers: int = 0, timeout_minutes: float = 30.0) -> None:
+    """Start torch's process group through DeepSpeed, for NCCL or gloo.
+
+    Args:
+        device: This rank's device.
+        place: This rank.
+        workers: Loader processes of this rank; on a CPU they keep a core each.
+        timeout_minutes: How long a collective may wait.
+    """
     # Chosen before the import: DeepSpeed picks its accelerator while it is imported.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -52,7 +59,9 @@ def init_distributed(device: torch.device, place: Place, timeout_minutes: float 
         # A shared-memory op only inference uses; building it would need a compiler and most of a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+            # Threads that share a core with a worker wait for each other at every operation: far slower than fewer.
+            cores = len(os.sched_getaffinity(0)) // place.local_world_size
+            torch.set_num_threads(max(1, cores - workers))
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,

@@ -46,7 +46,7 @@ def load_engine_state(engine: Engine, folder: Path, saved: Layout, rank: int, wo
     """
     _check_same_parameters(engine, saved, folder)
     groups = [_SavedGroup(folder, saved, index) for index in range(len(saved.parameter_names))]
-    _load_buffers(engine, folder, saved)
+    _load_untrained(engine, folder, saved)
     for index, group in enumerate(groups):
         _place_group(engine, index, group, rank, world_size)
 
@@ -182,7 +182,7 @@ def _place_parameters(engine: Engine, parameters: list[torch.nn.Parameter], valu
 
         for parameter, value in zip(parameters, values, strict=True):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(value.view_as(parameter))
+                parameter.data.copy_(value.view(parameter.ds_shape))
         return
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
@@ -239,12 +239,23 @@ def _set_state(
         state[name] = value.clone().to(key.device) if isinstance(value, Tensor) else value
 
 
-def _load_buffers(engine: Engine, folder: Path, saved: Layout) -> None:
-    name = _MODEL_FILE if saved.stage < 3 else f"zero_pp_rank_0_{_MODEL_FILE}"
-    module = _load(folder / name)["module"]
+def _load_untrained(engine: Engine, folder: Path, saved: Layout) -> None:
+    """Buffers and frozen parameters, which are in the model files only."""
+    if saved.stage < 3:
+        files = [_load(folder / _MODEL_FILE)]
+    else:
+        files = [_load(folder / f"zero_pp_rank_{rank}_{_MODEL_FILE}") for rank in range(saved.world_size)]
     for key, buffer in engine.method.named_buffers():
-        if key in module:
-            buffer.copy_(module[key])
+        if key in files[0]["module"]:
+            buffer.copy_(files[0]["module"][key])
+    frozen = {name: p for name, p in engine.method.named_parameters() if not p.requires_grad}
+    values = [_frozen_value(files, name) if saved.stage == 3 else files[0]["module"][name] for name in frozen]
+    _place_parameters(engine, list(frozen.values()), values)
+
+
+def _frozen_value(files: list[dict[str, Any]], name: str) -> Tensor:
+    shape = files[0]["frozen_param_shapes"][name]
+    return torch.cat([file["frozen_param_fragments"][name].flatten() for file in files])[: _numel(tuple(shape))]
 
 
 def _load_shard(folder: Path, rank: int) -> dict[str, Any]:
