@@ -34,6 +34,10 @@ flags=(--ds_config "$DS_CONFIG" --recipe "$RECIPE" --run_dir "$RUN_DIR" --resume
 container=()
 [ -n "${CONTAINER:-}" ] && container=(--container-image "$CONTAINER" --container-mounts "${CONTAINER_MOUNTS:-$PWD:$PWD}")
 
+# A marker of an earlier start must not requeue a job that fails before training.
+rm -f "$RUN_DIR/stopped_early"
+# Since SLURM 22.05 srun does not inherit this from sbatch, and one core a rank would starve the loader.
+[ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # The first rank to fail ends the others; nobody waits in a collective for a rank that is gone. Unlabelled output of
 # rank 0 is the log; other ranks print only when they fail.
 # shellcheck disable=SC2086

@@ -11,7 +11,15 @@ from filelock import FileLock, Timeout
 from data.tokenizer import ClipTokenizer
 from models.registry import build_model
 from trainer.agreement import on_main, together
-from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint
+from trainer.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    set_aside,
+    step_of,
+    sweep,
+)
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
 from trainer.engine import Engine, init_distributed, select_device
@@ -33,14 +41,17 @@ def load_run_config(recipe: str | None, run_dir: Path | None, resume: str, overr
     Raises:
         ConfigError: See `trainer.config.load_config`.
     """
-    if recipe is None and resume != "never":
-        folders = [run_dir] if run_dir else []
-        if resume != "auto":
-            folders += [Path(resume), Path(resume).parent.parent]
-        for folder in folders:
-            if (folder / "config.yaml").is_file():
-                return load_config(str(folder / "config.yaml"), overrides)
-    return load_config(recipe or DEFAULT_RECIPE, overrides)
+    return load_config(recipe or _saved_file("config.yaml", run_dir, resume) or DEFAULT_RECIPE, overrides)
+
+
+def _saved_file(name: str, run_dir: Path | None, resume: str) -> str | None:
+    """A file of the run that is being resumed, so that a resumed run keeps its settings unless others are given."""
+    if resume == "never":
+        return None
+    folders = [run_dir] if run_dir else []
+    if resume != "auto":
+        folders += [Path(resume), Path(resume).parent.parent]
+    return next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
 
 
 def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, place: Place) -> Run | None:
@@ -61,7 +72,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
     precision = resolve_precision(config.train.precision, device)
-    resolved = resolve_deepspeed(arguments.ds_config, config, plan, precision)
+    ds_path = arguments.ds_config or _saved_file("ds_config.json", run_dir, arguments.resume)
+    resolved = resolve_deepspeed(ds_path, config, plan, precision)
     console = Console(place.is_main)
     tokenizer = build_tokenizer(config)
     if arguments.dry_run:
@@ -77,6 +89,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
     for warning in warnings:
         console.warn(warning)
+    together(lambda: _leave_later_branch(run_dir, checkpoint) if place.is_main else None)
+    _check_same_settings(config, resolved, precision)
     console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
     sources = index_sources(config, place)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
@@ -96,7 +110,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     )
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
-    metrics = _open_run_dir(run_dir, config, resolved, state, checkpoint, place)
+    metrics = together(lambda: _open_run_dir(run_dir, config, resolved, state, checkpoint, place))
     _announce(console, config, run_dir, engine, plan, precision, place, data)
     return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
 
@@ -135,6 +149,30 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another") from None
+
+
+def _leave_later_branch(run_dir: Path, checkpoint: Path | None) -> None:
+    """Going back to an older checkpoint starts another branch: later ones must not be found by the next resume."""
+    checkpoints = run_dir / "checkpoints"
+    sweep(checkpoints)
+    if checkpoint is None or checkpoint.parent.resolve() != checkpoints.resolve():
+        return
+    for folder in list_checkpoints(checkpoints):
+        if step_of(folder) > step_of(checkpoint):
+            set_aside(folder, "abandoned")
+
+
+def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:
+    """Refuse ranks that resolved the run differently (mixed GPUs, another checkout on a node). Collective."""
+    mine = json.dumps([config.model_dump(mode="json"), resolved.config, precision], sort_keys=True)
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise ConfigError(
+                f"rank {rank} resolved other settings than rank 0; use the same checkout and kind of device on all "
+                "nodes, and set train.precision explicitly"
+            )
 
 
 def _check_queue(config: RunConfig, sources: list) -> None:
@@ -185,10 +223,10 @@ def _open_run_dir(
     # How long this process runs is not part of the run.
     whole = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
     (run_dir / "config.yaml").write_text(dump_config(whole), encoding="utf-8")
-    (run_dir / "ds_config.json").write_text(json.dumps(resolved.config, indent=2) + "\n", encoding="utf-8")
+    (run_dir / "ds_config.json").write_text(json.dumps(resolved.portable, indent=2) + "\n", encoding="utf-8")
     (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
     dropped = truncate_metrics(run_dir, state.step)
-    metrics = MetricsWriter(run_dir, config.logging)
+    metrics = MetricsWriter(run_dir, config.logging, state.step)
     if checkpoint is not None:
         metrics.event(
             "resumed", state.step, checkpoint=str(checkpoint), world_size=place.world_size, dropped_records=dropped

@@ -50,7 +50,7 @@ def save_checkpoint(engine: Engine, checkpoints: Path, state: TrainerState, rank
     partial = checkpoints / _PARTIAL
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     engine.deepspeed.save_checkpoint(str(partial), tag=name, save_latest=False)
     folder = partial / name
@@ -64,13 +64,29 @@ def save_checkpoint(engine: Engine, checkpoints: Path, state: TrainerState, rank
         manifest = {"format": FORMAT, "step": state.step, "world_size": world_size, "stage": engine.stage}
         _write_durably(folder / MANIFEST, json.dumps({**manifest, "files": entries}, indent=1).encode())
         _sync_folder(folder)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            set_aside(final, "replaced")
         folder.rename(final)
         _sync_folder(checkpoints)
         point_latest(checkpoints, name)
-        shutil.rmtree(partial, ignore_errors=True)
+        sweep(checkpoints)
     dist.barrier()
     return final
+
+
+def set_aside(folder: Path, reason: str) -> Path:
+    """Rename a checkpoint so that it no longer counts as one; returns where it is."""
+    aside = folder.with_name(f".{reason}-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
+
+
+def sweep(checkpoints: Path) -> None:
+    """Delete what an interrupted save or clean-up left. A file system that refuses only keeps the leftovers."""
+    for pattern in (_PARTIAL, ".removing-*", ".replaced-*"):
+        for folder in checkpoints.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def point_latest(checkpoints: Path, name: str) -> None:
@@ -92,9 +108,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int) -> lis
         if keep_every and step_of(folder) % keep_every == 0:
             continue
         # Renamed first: a half-deleted folder must never look like a checkpoint.
-        doomed = checkpoints / f".removing-{folder.name}"
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(set_aside(folder, "removing"), ignore_errors=True)
         removed.append(folder)
     return removed
 
@@ -156,6 +170,11 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]
     if resume == "auto":
         return _newest_valid(own, run_dir)
     path = Path(resume)
+    if own and run_dir.resolve() not in path.resolve().parents and run_dir.resolve() != path.resolve():
+        raise ConfigError(
+            f"run_dir {run_dir} has checkpoints of its own (newest {own[0].name}), --resume {resume} is of another "
+            "run; choose a new --run_dir for the continuation"
+        )
     if _NAME.fullmatch(path.name) and path.is_dir():
         problem = verify_checkpoint(path)
         if problem:
@@ -202,7 +221,10 @@ def load_checkpoint(engine: Engine, folder: Path, rank: int, world_size: int) ->
 
 def _hash_files(folder: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """Size and checksum of every file, the work spread over the ranks; complete on rank 0."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    # Network file systems may show ranks different listings for a while: work on all names anyone sees.
+    listings: list[Any] = [None] * world_size
+    dist.all_gather_object(listings, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+    names = sorted(set().union(*listings))
     mine = {}
     for name in names[rank::world_size]:
         path = folder / name

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -87,7 +87,6 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    deterministic: bool = False
 
 
 class OptimizerConfig(Section):
@@ -95,7 +94,7 @@ class OptimizerConfig(Section):
 
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "cpu_adam", "sgd"] = "auto"
     lr: float = Field(gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0.0)
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     nesterov: bool = True

@@ -1,5 +1,8 @@
 """The DeepSpeed JSON: `auto` values are filled from the recipe, a fixed value that differs is an error."""
 
+import copy
+import difflib
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,16 @@ _OWNED_BY_RECIPE = {
     "wandb": "logging.*",
     "comet": "logging.*",
 }
+_SECTIONS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "torch_autocast", "bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "dump_state", "csv_monitor", "aio",
+}  # fmt: skip
+_UNSUPPORTED_ZERO = (
+    "round_robin_gradients", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights", "mics_shard_size", "elastic_checkpoint", "zenflow",
+)  # fmt: skip
 _MAX_JSON_BYTES = 1 << 20
 
 
@@ -42,9 +55,10 @@ class ResolvedDeepSpeed:
     """What `deepspeed.initialize` is given, and what the trainer needs to know of it."""
 
     config: dict[str, Any]
+    # The same with the recipe's values as "auto" again: what the run folder keeps, good for any number of ranks.
+    portable: dict[str, Any]
     stage: int
     offload_optimizer: bool
-    offload_parameters: bool
 
 
 def plan_batch(config: RunConfig, world_size: int) -> BatchPlan:
@@ -97,6 +111,7 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
     for section, owner in _OWNED_BY_RECIPE.items():
         if section in tree:
             raise ConfigError(f"{source}: remove '{section}', the recipe's {owner} owns it")
+    _refuse_unsupported(tree, source)
     lowered = precision != "fp32"
     owned = {
         "train_batch_size": (plan.global_batch_size, "train.global_batch_size"),
@@ -112,13 +127,17 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
     _check_fp16_clipping(tree, precision, config)
     for dotted, (value, key) in owned.items():
         _fill(tree, dotted, value, key, source)
+    portable = copy.deepcopy(tree)
+    for dotted in owned:
+        *parents, last = dotted.split(".")
+        functools.reduce(dict.__getitem__, parents, portable)[last] = "auto"
     if not lowered:
         del tree["torch_autocast"]
     # One engine step per optimizer step: the trainer's gradient cache does the accumulation (whole-batch negatives).
     tree.update(train_micro_batch_size_per_gpu=plan.rank_batch_size, gradient_accumulation_steps=1)
     tree.setdefault("steps_per_print", 2**31 - 1)
     tree["zero_allow_untested_optimizer"] = True
-    return _describe(tree, source)
+    return _describe(tree, portable, source)
 
 
 def _check_fp16_clipping(tree: dict[str, Any], precision: str, config: RunConfig) -> None:
@@ -131,20 +150,53 @@ def _check_fp16_clipping(tree: dict[str, Any], precision: str, config: RunConfig
         )
 
 
-def _describe(tree: dict[str, Any], source: str) -> ResolvedDeepSpeed:
+def _refuse_unsupported(tree: dict[str, Any], source: str) -> None:
+    """Options that would scramble or lose state the trainer saves and places itself, and misspelt sections."""
+    for key in tree:
+        if key not in _SECTIONS:
+            close = difflib.get_close_matches(key, _SECTIONS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "remove it"
+            raise ConfigError(f"{source}: '{key}' is not supported; {hint}")
+    zero = tree.get("zero_optimization")
+    for key in _UNSUPPORTED_ZERO:
+        if isinstance(zero, dict) and zero.get(key):
+            raise ConfigError(f"{source}: zero_optimization.{key} is not supported by this trainer; remove it")
+
+
+def _describe(tree: dict[str, Any], portable: dict[str, Any], source: str) -> ResolvedDeepSpeed:
     zero = tree.setdefault("zero_optimization", {"stage": 0})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if not isinstance(stage, int) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    _check_zero_section(zero, source)
     offload = {name: _offload_device(zero, name, source) for name in ("offload_optimizer", "offload_param")}
     left = _autos(tree)
     if left:
         raise ConfigError(f"{source}: no rule fills '{left[0]}': \"auto\"; write a value or remove the key")
-    return ResolvedDeepSpeed(tree, stage, offload["offload_optimizer"] != "none", offload["offload_param"] != "none")
+    return ResolvedDeepSpeed(
+        tree, portable, stage, offload["offload_optimizer"] != "none", offload["offload_param"] != "none"
+    )
+
+
+def _check_zero_section(zero: dict[str, Any], source: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except (ValidationError, AssertionError, ValueError) as error:
+        raise ConfigError(f"{source}: zero_optimization: {' '.join(str(error).split())[:300]}") from None
 
 
 def _offload_device(zero: dict[str, Any], name: str, source: str) -> str:
-    device = (zero.get(name) or {}).get("device", "none")
+    section = zero.get(name) or {}
+    if zero.get("stage", 0) == 0 and section:
+        raise ConfigError(f"{source}: zero_optimization.{name} needs stage 1, 2 or 3")
+    if section.get("ratio", 1.0) != 1.0:
+        raise ConfigError(
+            f"{source}: zero_optimization.{name}.ratio below 1 is not supported by this trainer; remove it"
+        )
+    device = section.get("device", "none")
     if device not in ("none", "cpu"):
         raise ConfigError(f"{source}: zero_optimization.{name}.device '{device}' is not supported; use cpu or none")
     return device

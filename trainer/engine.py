@@ -24,6 +24,13 @@ def select_device(requested: str, place: Place) -> torch.device:
     Raises:
         ConfigError: CUDA was asked for and is not there, or there are more local ranks than GPUs.
     """
+    device = _select_device(requested, place)
+    # DeepSpeed picks its accelerator while it is imported.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    return device
+
+
+def _select_device(requested: str, place: Place) -> torch.device:
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
         raise ConfigError("train.device is cuda but torch sees no GPU; use --train.device cpu or auto")
@@ -46,8 +53,6 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
         workers: Loader processes of this rank; on a CPU they keep a core each.
         timeout_minutes: How long a collective may wait.
     """
-    # Chosen before the import: DeepSpeed picks its accelerator while it is imported.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     import deepspeed
     from deepspeed.utils import logger

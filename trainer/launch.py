@@ -40,7 +40,7 @@ def find_place() -> Place:
         os.environ.setdefault("MASTER_PORT", str(_port_of_job(os.environ.get("SLURM_JOB_ID", "0"))))
         size = _integer("SLURM_STEP_NUM_TASKS")
         return _export("srun", _integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), size, _local_size())
-    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+    if max(_integer("OMPI_COMM_WORLD_SIZE", 1), _integer("PMI_SIZE", 1)) > 1:
         return _from_mpi()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))

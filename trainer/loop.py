@@ -91,14 +91,15 @@ def train(run: Run) -> None:
             if step % config.train.log_every == 0 or step == last:
                 _log_step(run, terms, grad_norm, micro_batches)
             run.console.advance(step)
-            if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
-                _evaluate(run)
+            # Before the evaluation, which may take longer than the time a scheduler leaves.
+            stopped = preemption.should_stop()
+            if stopped:
+                run.console.line(f"told to stop: saving at step {step}")
+                break
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 _save(run)
-            if preemption.should_stop():
-                run.console.line(f"told to stop: saving at step {step}")
-                stopped = True
-                break
+            if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
+                _evaluate(run)
         if run.last_saved != run.state.step and run.state.step > first:
             _save(run)
         if run.state.step == config.train.steps and config.eval.at_end:
@@ -125,7 +126,7 @@ def _train_step(run: Run, step: int, micro_batches: list[dict[str, Any]]) -> tup
     engine.deepspeed.train()
     # A fresh stream each step, so that a tower which draws from torch's generator (timm's drop path) leaves nothing to
     # save and continues exactly; patch dropout is keyed by sample instead.
-    torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank)
+    torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank) % 2**63)
     terms = engine("train", {"micro_batches": [run.data.to_device(batch) for batch in micro_batches]})
     engine.backward(terms["loss"])
     engine.set_learning_rate(_rate(config, step))
@@ -221,10 +222,11 @@ def _report_bad_samples(run: Run, count: int) -> None:
     if run.metrics:
         run.data.write_bad_samples(run.run_dir, [record for part in records for record in part], run.state.step)
         run.metrics.event("bad_sample", run.state.step, count=count, total=run.state.bad_samples)
+    first = next(record for part in records for record in part)
+    run.window.bad = []
     seen = run.state.step * run.plan.global_batch_size
     fraction = run.state.bad_samples / seen
     if fraction > run.config.data.max_bad_fraction:
-        first = next(record for part in records for record in part)
         raise ConfigError(
             f"{run.state.bad_samples} of {seen} samples ({fraction:.1%}) could not be read, more than "
             f"data.max_bad_fraction {run.config.data.max_bad_fraction}; e.g. {first['shard']} sample '{first['key']}': "
@@ -236,8 +238,12 @@ def _save(run: Run) -> None:
     """Save and prune. Collective."""
     started = time.perf_counter()
     state, engine = run.state, run.engine
-    state.method_state = engine.method.method_state()
-    state.method_digest = engine.method.state_digest()
+    bad = torch.tensor([len(run.window.bad)], device=engine.device)
+    dist.all_reduce(bad)
+    if int(bad):
+        _report_bad_samples(run, int(bad))
+    state.method_digest = _agreed_digest(run)
+    state.method_state = engine.method.method_state() if run.place.is_main else {}
     state.samples_seen = run.data.samples_seen(state.step)
     scaler = engine.grad_scaler()
     state.grad_scaler = None if scaler is None else scaler.state_dict()
@@ -251,6 +257,19 @@ def _save(run: Run) -> None:
         seconds = time.perf_counter() - started
         run.metrics.event("checkpoint", state.step, path=str(folder), mib=size, seconds=seconds)
         run.console.line(f"saved {folder} ({size:.0f} MiB, {seconds:.1f} s)")
+
+
+def _agreed_digest(run: Run) -> str:
+    """The hash of the method's state, once all ranks hold the same. Collective."""
+    digests: list[str] = [""] * run.place.world_size
+    dist.all_gather_object(digests, run.engine.method.state_digest())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise ConfigError(
+            f"step {run.state.step}: the queue of rank {differing[0]} is not that of rank 0; nothing was saved, "
+            "continue from the last checkpoint with --resume auto and check that node's memory"
+        )
+    return digests[0]
 
 
 def _evaluate(run: Run) -> None:

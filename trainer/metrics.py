@@ -16,10 +16,10 @@ from trainer.errors import ConfigError
 class MetricsWriter:
     """Writes one record per logged step and one per event. Lives on rank 0 only."""
 
-    def __init__(self, run_dir: Path, config: LoggingConfig) -> None:
+    def __init__(self, run_dir: Path, config: LoggingConfig, start_step: int = 0) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(run_dir) if config.tensorboard else None
+        self._tensorboard = _tensorboard(run_dir, start_step) if config.tensorboard else None
         self._wandb = _wandb(run_dir, config.wandb_project) if config.wandb_project else None
 
     def log(self, record: dict[str, Any]) -> None:
@@ -133,12 +133,13 @@ class Console:
             self._progress = None
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(run_dir: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("logging.tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(run_dir / "tensorboard")
+    # A resumed run replaces what came after its checkpoint, as in metrics.jsonl.
+    return SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None)
 
 
 def _wandb(run_dir: Path, project: str) -> Any:

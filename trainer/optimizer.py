@@ -57,7 +57,9 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **adam)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0
+        )
     return _compiled_kernel(name, groups, adam)
 
 

@@ -34,12 +34,13 @@ def communication_per_step(
     """Bytes one rank contributes to collectives in a step: gradients and parameters by stage, features by method."""
     if plan.world_size == 1:
         return {"gradients": 0.0, "parameters": 0.0, "features": 0.0}
-    reductions = plan.accumulation_steps if stage >= 2 else 1
-    gathers = {0: 0.0, 1: 1.0, 2: 1.0, 3: 2.0 * plan.accumulation_steps}[stage]
+    # The gradient cache runs one backward a step, so gradients are reduced once; ZeRO 3 gathers for every pass.
+    passes = 2.0 if plan.accumulation_steps == 1 else 3.0 * plan.accumulation_steps
+    gathers = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
     features = text_views * plan.rank_batch_size * embed_dim * feature_bytes
     backward = text_views * plan.global_batch_size * embed_dim * _FP32
     return {
-        "gradients": _FP32 * parameters * reductions,
+        "gradients": _FP32 * parameters,
         "parameters": _FP32 * parameters / plan.world_size * gathers,
         "features": features + backward,
     }

@@ -22,7 +22,7 @@ class Preemption:
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._requested:
+        if number == self._requested == signal.SIGINT:
             raise KeyboardInterrupt
         self._requested = number
 

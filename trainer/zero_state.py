@@ -95,7 +95,8 @@ class _SavedGroup:
             if isinstance(values[0], Tensor) and values[0].ndim:
                 self.vectors[key] = torch.cat([value.flatten() for value in values])
             else:
-                self.scalars[key] = values[0]
+                # DeepSpeed's FusedAdam advances the counter of the last parameter of a group only.
+                self.scalars[key] = max(values, key=float) if key == "step" else values[0]
 
     def _read_sharded(self, folder: Path, layout: Layout, index: int) -> None:
         shards = [_load_shard(folder, rank)["optimizer_state_dict"] for rank in range(layout.world_size)]
@@ -163,17 +164,28 @@ def _place_group(engine: Engine, index: int, group: _SavedGroup, rank: int, worl
     sizes = [_numel(engine.parameter_shapes[name]) for name in names]
     _place_parameters(engine, [parameters[name] for name in names], group.parameter_slices(sizes))
     optimizer = engine.base_optimizer
-    if group.group_step is not None:
-        optimizer.param_groups[index]["step"] = group.group_step
+    scalars = _adapt_step(optimizer, index, group)
     if engine.stage == 0:
         for offset, (name, size) in zip(_offsets(sizes), zip(names, sizes, strict=True), strict=True):
             parameter = parameters[name]
             local = {key: vector[offset : offset + size].view_as(parameter) for key, vector in group.vectors.items()}
-            _set_state(optimizer, parameter, local, group.scalars)
+            _set_state(optimizer, parameter, local, scalars)
         return
     for flat, local in _local_partitions(engine, index, group, sizes, rank, world_size):
         flat.data.copy_(local["fp32"])
-        _set_state(optimizer, flat, local, group.scalars)
+        _set_state(optimizer, flat, local, scalars)
+
+
+def _adapt_step(optimizer: torch.optim.Optimizer, index: int, group: _SavedGroup) -> dict[str, Any]:
+    """The saved step counter in the form this kernel keeps it: a tensor (torch), an int, or in the group (apex)."""
+    counters = [int(float(step)) for step in (group.scalars.get("step"), group.group_step) if step is not None]
+    if not counters:
+        return group.scalars
+    step = max(counters)
+    if "step" in optimizer.param_groups[index] or type(optimizer).__module__.startswith("apex"):
+        optimizer.param_groups[index]["step"] = step
+    in_torch = type(optimizer).__module__.startswith("torch.")
+    return {**group.scalars, "step": torch.tensor(float(step)) if in_torch else step}
 
 
 def _place_parameters(engine: Engine, parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:

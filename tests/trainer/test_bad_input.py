@@ -140,6 +140,9 @@ def test_run_dir_with_checkpoints(recipe, cache, tmp_path):
         ("bf16", {"enabled": True}, "bf16.enabled is true but train.precision"),
         ("optimizer", {"type": "Adam"}, "remove 'optimizer'"),
         ("zero_optimization", {"stage": 5}, "expected 0, 1, 2 or 3"),
+        ("zero_optimization", {"stage": 2, "overlap_com": True}, "overlap_com"),
+        ("zero_optimization", {"stage": 2, "round_robin_gradients": True}, "round_robin_gradients is not supported"),
+        ("zero_optimisation", {"stage": 3}, "did you mean 'zero_optimization'"),
     ],
 )
 def test_deepspeed_config_that_contradicts(key, value, expected, recipe, cache, tmp_path):

@@ -64,6 +64,27 @@ def test_resume_from_elsewhere(tmp_path):
     assert find_checkpoint(tmp_path / "b", str(tmp_path / "a"))[0] == folder
 
 
+def test_another_run_does_not_continue_in_this_folder(tmp_path):
+    make_checkpoint(tmp_path / "a", 3)
+    folder = make_checkpoint(tmp_path / "b", 5)
+    with pytest.raises(ConfigError, match="is of another run"):
+        find_checkpoint(tmp_path / "a", str(folder))
+
+
+def test_going_back_leaves_the_later_branch(tmp_path):
+    from trainer.assemble import _leave_later_branch
+
+    for step in (10, 20, 30):
+        make_checkpoint(tmp_path, step)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".partial").mkdir()
+    _leave_later_branch(tmp_path, checkpoints / "step_20")
+    assert [folder.name for folder in list_checkpoints(checkpoints)] == ["step_20", "step_10"]
+    assert (checkpoints / ".abandoned-step_30" / "model.pt").is_file()
+    assert not (checkpoints / ".partial").exists()
+    assert find_checkpoint(tmp_path, "auto")[0].name == "step_20"
+
+
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(10, 110, 10):
         make_checkpoint(tmp_path, step)

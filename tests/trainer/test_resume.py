@@ -77,7 +77,8 @@ def test_resume_without_naming_the_recipe(uninterrupted, cache, tmp_path):
         ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2), "--train.stop_after", "7"],
         cache,
     )
-    run_trainer(["--run_dir", str(run_dir), "--ds_config", ds_config(2), "--resume", "auto"], cache)
+    finished = run_trainer(["--run_dir", str(run_dir), "--resume", "auto"], cache)
+    assert "ZeRO 2" in finished.output
     assert steps(run_dir) == steps(reference)
 
 
