@@ -173,9 +173,7 @@ def _describe(tree: dict[str, Any], portable: dict[str, Any], source: str) -> Re
     left = _autos(tree)
     if left:
         raise ConfigError(f"{source}: no rule fills '{left[0]}': \"auto\"; write a value or remove the key")
-    return ResolvedDeepSpeed(
-        tree, portable, stage, offload["offload_optimizer"] != "none", offload["offload_param"] != "none"
-    )
+    return ResolvedDeepSpeed(tree, portable, stage, offload["offload_optimizer"] != "none")
 
 
 def _check_zero_section(zero: dict[str, Any], source: str) -> None:
