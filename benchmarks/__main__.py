@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         peers = find_peers(arguments.peer_path)
     except ValueError as error:
         parser.error(str(error))
+    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
     rows: list[Row] = []
     for name in arguments.only or _BENCHMARKS:
         module = _BENCHMARKS[name]
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             found = module.run(run_in_fresh_process, peers, module.QUICK if arguments.quick else module.FULL)
         console.print(console_table(found))
         rows += found
-    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
-    write_results(arguments.out, command, rows)
+        # After each benchmark: what has been measured survives an interruption.
+        write_results(arguments.out, command, rows)
     console.print(f"results in {arguments.out}")
     return 0
 

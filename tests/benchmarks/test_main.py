@@ -40,6 +40,17 @@ def test_selection_and_checkout(stubs, tmp_path):
     assert peers[1].path == str(tmp_path / "checkout" / "src")
 
 
+def test_interruption_keeps_what_was_measured(stubs, monkeypatch, tmp_path):
+    def interrupt(runner, peers, settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command._BENCHMARKS["two"], "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["benchmark"] for row in rows] == ["one"]
+
+
 def test_folder_without_open_clip(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--peer-path", str(tmp_path)])
