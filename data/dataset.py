@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.errors import BadSample, DataError
+from data.image_folder import ImageFolder
 from data.index import IndexedSource, IndexStore
 from data.order import GlobalOrder
 from data.reader import RawSample, ReadLimits, SampleReader
@@ -242,13 +243,11 @@ class EvalDataset(_ReadingDataset):
     def _batch(self, samples: range) -> dict[str, Any]:
         images, raws, kept, bad_samples = [], [], [], []
         for sample in samples:
-            source = int(np.searchsorted(self._ends, sample, side="right"))
-            within = sample - int(self._ends[source]) + self._sources[source].num_samples
             try:
-                raw: RawSample = self.reader.read(source, within)
+                raw = self._read(sample)
                 images.append(np.asarray(self._transform(raw.image)))
             except BadSample as bad:
-                shard, key = self.reader.describe(source, within)
+                shard, key = self._describe(sample)
                 bad_samples.append({"shard": shard, "key": key, "reason": bad.reason})
                 continue
             raws.append(raw)
@@ -260,3 +259,32 @@ class EvalDataset(_ReadingDataset):
             "sample_index": torch.tensor(kept, dtype=torch.int64),
             "bad_samples": bad_samples,
         }
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        source = int(np.searchsorted(self._ends, sample, side="right"))
+        return source, sample - int(self._ends[source]) + self._sources[source].num_samples
+
+    def _read(self, sample: int) -> RawSample:
+        return self.reader.read(*self._locate(sample))
+
+    def _describe(self, sample: int) -> tuple[str, str]:
+        return self.reader.describe(*self._locate(sample))
+
+
+class FolderDataset(EvalDataset):
+    """The same over an image folder."""
+
+    def __init__(
+        self, folder: ImageFolder, transform: Callable[[bytes], np.ndarray], *, store: IndexStore, limits: ReadLimits
+    ) -> None:
+        super().__init__((), transform, store=store, limits=limits)
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return self._folder.num_samples
+
+    def _read(self, sample: int) -> RawSample:
+        return self._folder.read(sample, self._limits)
+
+    def _describe(self, sample: int) -> tuple[str, str]:
+        return str(self._folder.root), self._folder.key(sample)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data.dataset import EvalDataset, TrainDataset, TrainTransform
+from data.dataset import EvalDataset, FolderDataset, TrainDataset, TrainTransform
 from data.errors import DataError
+from data.image_folder import ImageFolder
 from data.index import IndexedSource, IndexStore, fingerprint
 from data.order import DEFAULT_SHUFFLE_WINDOW, GlobalOrder, OrderSource
 from data.prefetch import ShardPrefetcher
@@ -310,7 +311,7 @@ class EvalLoader:
 
 
 def build_eval_loader(
-    sources: Sequence[IndexedSource],
+    sources: Sequence[IndexedSource] | ImageFolder,
     eval_transform: Callable[[bytes], np.ndarray],
     *,
     rank: int = 0,
@@ -326,7 +327,7 @@ def build_eval_loader(
     """Builds a loader that visits every sample exactly once over all ranks, in stored order, without padding.
 
     Args:
-        sources: From `data.index.load_sources`; weights do not matter.
+        sources: From `data.index.load_sources`, weights do not matter; or a folder of pictures.
         eval_transform: Image bytes -> uint8 [3, H, W]; see `data.sample.EvalTransform`.
         rank: 0 <= rank < world_size; ranks take the batches rank, rank + world_size, ... of one list, so that what is
             computed per batch does not depend on the number of ranks.
@@ -349,7 +350,8 @@ def build_eval_loader(
     """
     if batch_size < 1:
         raise DataError(f"the evaluation batch size is {batch_size}; it must be at least 1")
-    dataset = EvalDataset(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())
+    kind = FolderDataset if isinstance(sources, ImageFolder) else EvalDataset
+    dataset = kind(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())
     total = min(len(dataset), max_samples or len(dataset))
     batches = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     items = batches[rank::world_size]

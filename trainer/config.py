@@ -56,11 +56,17 @@ class DataConfig(Section):
 
 
 class EvalSet(Section):
-    """One evaluation set: a folder in CLIP_benchmark's WebDataset layout, or shards for retrieval only."""
+    """One evaluation set: a folder in CLIP_benchmark's layout, an image folder, or shards for retrieval only."""
 
     data: str
-    tasks: list[Literal["zero_shot", "retrieval"]] = ["zero_shot", "retrieval"]
+    tasks: list[Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "bias"]] = ["zero_shot", "retrieval"]
     max_samples: int | None = Field(None, ge=1)
+    # A file with one per line, or a list that open_clip ships: `imagenet`; `openai_imagenet`, `simple_imagenet`.
+    class_names: str | None = None
+    templates: str | None = None
+    # The bias probe: class names by category, and the key of the .json member that tells a picture's group.
+    probe: dict[str, list[str]] = {}
+    probe_group: str = "group"
 
 
 class EvalConfig(Section):

@@ -4,6 +4,8 @@ import datetime
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,6 +114,13 @@ class Engine:
     def __call__(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Run one phase of the method's forward."""
         return self.deepspeed(phase, inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for the duration of a block."""
+        self.deepspeed.eval()
+        yield
+        self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass; gradients come out averaged over ranks."""

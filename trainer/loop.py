@@ -274,9 +274,9 @@ def _agreed_digest(run: Run) -> str:
 
 def _evaluate(run: Run) -> None:
     """Evaluate every set on all ranks and report. Collective."""
-    for name, figures in run.evaluation.run(run.engine):
+    for result in run.evaluation.run(run.engine):
         if run.metrics:
-            run.metrics.event("eval", run.state.step, set=name, **figures)
-            run.console.line(f"eval {name}: {run.evaluation.summary(name, figures)}")
+            run.metrics.event("eval", run.state.step, set=result.name, **result.figures)
+            run.console.line(f"eval {result.name}: {result.summary()}")
     # Evaluation time is not training time.
     run.window = Window(bad=run.window.bad)

@@ -8,6 +8,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
+import rich.table
 
 from trainer.config import LoggingConfig
 from trainer.errors import ConfigError
@@ -100,6 +101,11 @@ class Console:
             self._progress.console.print(text, markup=False)
         else:
             print(text, flush=True)
+
+    def table(self, table: rich.table.Table) -> None:
+        """Print a table as wide as it needs to be."""
+        if self.enabled:
+            self._rich.print(table, crop=False)
 
     def warn(self, text: str) -> None:
         """Print one warning line on stderr."""

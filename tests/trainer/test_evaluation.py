@@ -7,7 +7,7 @@ import torch
 from tests.distributed import run_distributed
 from tests.trainer.harness import ds_config, metrics, run_trainer, write_eval_set, write_recipe
 from trainer.evaluation.retrieval import retrieval_figures
-from trainer.evaluation.zero_shot import zero_shot_figures
+from trainer.evaluation.zero_shot import classification_figures, zero_shot_ranks
 
 
 def unit_rows(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_zero_shot_against_sorting():
     hit1 = order[:, 0] == labels.numpy()
     hit5 = (order[:, :5] == labels.numpy()[:, None]).any(axis=1)
     per_class = [hit1[labels.numpy() == label].mean() for label in range(20)]
-    figures = zero_shot_figures(images, labels, classes)
+    figures = classification_figures(zero_shot_ranks(images, labels, classes), labels)
     assert figures["acc1"] == pytest.approx(hit1.mean())
     assert figures["acc5"] == pytest.approx(hit5.mean())
     assert figures["mean_per_class_recall"] == pytest.approx(np.mean(per_class))
@@ -30,7 +30,8 @@ def test_zero_shot_against_sorting():
 
 def test_zero_shot_of_a_collapsed_model_is_zero():
     same = torch.ones(10, 4) / 2
-    assert zero_shot_figures(same, torch.arange(10) % 3, same[:3])["acc1"] == 0.0
+    labels = torch.arange(10) % 3
+    assert classification_figures(zero_shot_ranks(same, labels, same[:3]), labels)["acc1"] == 0.0
 
 
 def slow_retrieval(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Evaluation in the loop: every set of the recipe, on all ranks."""
+"""Evaluation in the loop and by `trainer.evaluate`: every set of the recipe, on all ranks."""
 
 from trainer.evaluation.evaluation import Evaluation
 

@@ -5,7 +5,8 @@ others, so the embeddings do not depend on the number of ranks.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,20 +14,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.tokenizer import ClipTokenizer
-from trainer.engine import Engine
+from trainer.methods.base import Method
+
+
+class Encoder(Protocol):
+    """What evaluation asks of a model: an engine in training, or a trained model by itself."""
+
+    method: Method
+    device: torch.device
+
+    def __call__(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Run one phase of the method's forward."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode for the duration of a block."""
 
 
 @torch.no_grad()
-def encode_texts(engine: Engine, tokenizer: ClipTokenizer, texts: list[str], batch_size: int) -> Tensor:
+def encode_texts(encoder: Encoder, tokenizer: ClipTokenizer, texts: list[str], batch_size: int) -> Tensor:
     """Unit-norm embeddings [len(texts), embed_dim] of all texts, on every rank. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    embeddings = torch.zeros(len(texts), engine.method.model.embed_dim, device=engine.device)
+    embeddings = torch.zeros(len(texts), encoder.method.model.embed_dim, device=encoder.device)
     begins = range(0, len(texts), batch_size)
     for round_begin in range(0, len(begins), world_size):
         index = round_begin + rank
         # A rank without a batch left repeats the first: under ZeRO 3 every forward needs all ranks.
         begin = begins[index] if index < len(begins) else 0
-        rows = engine("text", _tokens(tokenizer, texts[begin : begin + batch_size], engine.device))["embeddings"]
+        rows = encoder("text", _tokens(tokenizer, texts[begin : begin + batch_size], encoder.device))["embeddings"]
         if index < len(begins):
             embeddings[begin : begin + batch_size] = rows
     dist.all_reduce(embeddings)
@@ -35,26 +49,26 @@ def encode_texts(engine: Engine, tokenizer: ClipTokenizer, texts: list[str], bat
 
 @torch.no_grad()
 def encode_images(
-    engine: Engine, loader: Iterable[dict[str, Any]], num_samples: int, rounds: int, image_size: int
+    encoder: Encoder, loader: Iterable[dict[str, Any]], num_samples: int, rounds: int, image_size: int
 ) -> Tensor:
     """Unit-norm embeddings [num_samples, embed_dim] of all images, on every rank. Collective.
 
     Args:
-        engine: The engine.
+        encoder: The engine or model.
         loader: This rank's batches, with `images` and their rows in `sample_index`.
         num_samples: Size of the whole set.
         rounds: Batches of the busiest rank; ranks with fewer run blanks, as ZeRO 3 needs equal numbers of forwards.
         image_size: Side of the images.
     """
-    embeddings = torch.zeros(num_samples, engine.method.model.embed_dim, device=engine.device)
+    embeddings = torch.zeros(num_samples, encoder.method.model.embed_dim, device=encoder.device)
     done = 0
     for batch in loader:
-        images = batch["images"].to(engine.device, non_blocking=True)
-        embeddings[batch["sample_index"].to(engine.device)] = engine("image", {"images": images})["embeddings"]
+        images = batch["images"].to(encoder.device, non_blocking=True)
+        embeddings[batch["sample_index"].to(encoder.device)] = encoder("image", {"images": images})["embeddings"]
         done += 1
-    blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=engine.device)
+    blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=encoder.device)
     for _ in range(rounds - done):
-        engine("image", {"images": blank})
+        encoder("image", {"images": blank})
     dist.all_reduce(embeddings)
     return embeddings
 

@@ -1,21 +1,44 @@
 """All evaluation sets of a recipe, run together."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
 from data.tokenizer import ClipTokenizer
 from trainer.config import RunConfig
-from trainer.engine import Engine
 from trainer.errors import ConfigError
-from trainer.evaluation.encode import encode_images, encode_texts
+from trainer.evaluation.bias import joined_classes, probe_table
+from trainer.evaluation.encode import Encoder, encode_images, encode_texts
+from trainer.evaluation.linear_probe import Labelled, few_shot, linear_probe
+from trainer.evaluation.results import SetResult
 from trainer.evaluation.retrieval import retrieval_figures
-from trainer.evaluation.sets import EvalData, open_eval_set
-from trainer.evaluation.zero_shot import class_embeddings, zero_shot_figures
+from trainer.evaluation.sets import EvalData, Samples, open_eval_set
+from trainer.evaluation.zero_shot import class_embeddings, classification_figures, zero_shot_ranks
 from trainer.launch import Place
 from trainer.pipeline import index_store, project_cache, resolve_workers
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The readable samples of a set, in stored order, the same on every rank.
+
+    Attributes:
+        images: [N, d] unit norm.
+        captions: Of each sample.
+        metadata: Of each sample: its key, the content of its `.json` member, "cls".
+        unreadable: Samples left out.
+    """
+
+    images: Tensor
+    captions: list[list[str]]
+    metadata: list[dict[str, Any]]
+    unreadable: int
 
 
 class Evaluation:
@@ -39,81 +62,107 @@ class Evaluation:
         cache = project_cache(config)
         self.sets = [open_eval_set(name, entry, cache, self._store) for name, entry in config.eval.sets.items()]
 
-    def run(self, engine: Engine) -> Iterator[tuple[str, dict[str, float]]]:
-        """Evaluate every set and yield (name, figures). Collective."""
-        engine.deepspeed.eval()
-        for data in self.sets:
-            yield data.name, self._run_one(engine, data)
-        engine.deepspeed.train()
+    def run(self, encoder: Encoder) -> Iterator[SetResult]:
+        """Evaluate every set. Collective."""
+        with encoder.evaluating():
+            for data in self.sets:
+                yield self._run_one(encoder, data)
 
-    def summary(self, name: str, figures: dict[str, float]) -> str:
-        """One line for the console, with chance level beside the figures."""
-        data = next(entry for entry in self.sets if entry.name == name)
-        parts = []
-        if "acc1" in figures:
-            chance = 1.0 / len(data.class_names)
-            parts.append(
-                f"zero-shot top-1 {figures['acc1']:.1%} top-5 {figures['acc5']:.1%} "
-                f"({len(data.class_names)} classes, chance {chance:.2%})"
-            )
-        if "image_retrieval_recall@1" in figures:
-            parts.append(
-                f"retrieval R@1 {figures['image_retrieval_recall@1']:.1%} (text to image) "
-                f"{figures['text_retrieval_recall@1']:.1%} (image to text), "
-                f"R@10 {figures['image_retrieval_recall@10']:.1%} / {figures['text_retrieval_recall@10']:.1%} "
-                f"({data.num_samples} images, chance R@1 {1.0 / data.num_samples:.2%})"
-            )
-        return "; ".join(parts)
-
-    def _run_one(self, engine: Engine, data: EvalData) -> dict[str, float]:
-        batch_size = self._config.eval.batch_size
-        image_size = engine.method.model.image_tower.image_size
+    def embed(self, encoder: Encoder, data: EvalData, samples: Samples) -> Embedded:
+        """Encode the pictures of a set. Collective."""
+        batch_size, world_size = self._config.eval.batch_size, self._place.world_size
+        image_size = encoder.method.model.image_tower.image_size
         loader = build_eval_loader(
-            [data.source],
+            samples,
             EvalTransform(image_size, self._config.eval.resize_size, self._config.data.max_image_pixels),
             store=self._store,
             rank=self._place.rank,
-            world_size=self._place.world_size,
+            world_size=world_size,
             batch_size=batch_size,
             max_samples=data.max_samples,
             workers=resolve_workers(self._config, self._place),
         )
+        total = data.num_samples(samples)
         records: dict[int, tuple[list[str], dict]] = {}
-        rounds = -(-data.num_samples // (batch_size * self._place.world_size))
-        images = encode_images(engine, _note_records(loader, records), data.num_samples, rounds, image_size)
+        rounds = -(-total // (batch_size * world_size))
+        images = encode_images(encoder, _note_records(loader, records), total, rounds, image_size)
         merged = self._merge_records(records)
         # Samples that could not be read have no record and leave the set.
         kept = sorted(merged)
-        images = images[torch.tensor(kept, device=engine.device)]
-        figures: dict[str, float] = {}
+        if not kept:
+            raise ConfigError(f"eval set '{data.name}': none of its {total} samples can be read; check the data")
+        captions, metadata = zip(*(merged[index] for index in kept), strict=True)
+        images = images[torch.tensor(kept, device=images.device)]
+        return Embedded(images, list(captions), list(metadata), total - len(kept))
+
+    def classes(self, encoder: Encoder, data: EvalData, names: list[str]) -> Tensor:
+        """Class embeddings [len(names), d] under the set's templates. Collective."""
+        return class_embeddings(encoder, self._tokenizer, names, data.templates, self._config.eval.batch_size)
+
+    def _run_one(self, encoder: Encoder, data: EvalData) -> SetResult:
+        test = self.embed(encoder, data, data.test)
+        tasks: dict[str, dict[str, Any]] = {}
         if "zero_shot" in data.tasks:
-            labels = _labels([merged[index][1] for index in kept], data)
-            classes = class_embeddings(engine, self._tokenizer, data.class_names, data.templates, batch_size)
-            figures |= zero_shot_figures(images, torch.tensor(labels, device=engine.device), classes)
+            labels = labels_of(test, data)
+            ranks = zero_shot_ranks(test.images, labels, self.classes(encoder, data, data.class_names))
+            tasks["zero_shot"] = classification_figures(ranks, labels)
         if "retrieval" in data.tasks:
-            captions = [merged[index][0] for index in kept]
-            texts = [caption for entry in captions for caption in entry]
-            owners = [row for row, entry in enumerate(captions) for _ in entry]
-            embeddings = encode_texts(engine, self._tokenizer, texts, batch_size)
-            figures |= retrieval_figures(images, embeddings, torch.tensor(owners, device=engine.device))
-        return figures | {"samples": len(kept), "unreadable": data.num_samples - len(kept)}
+            tasks["retrieval"] = self._retrieval(encoder, data, test)
+        if data.train is not None:
+            train = self.embed(encoder, data, data.train)
+            probed = [Labelled(part.images, labels_of(part, data)) for part in (train, test)]
+            if "linear_probe" in data.tasks:
+                tasks["linear_probe"] = linear_probe(*probed, len(data.class_names))
+            if "few_shot" in data.tasks:
+                tasks["few_shot"] = few_shot(*probed, len(data.class_names))
+        if "bias" in data.tasks:
+            tasks["bias"] = self._bias(encoder, data, test)
+        return SetResult(data.name, tasks, len(test.images), test.unreadable, len(data.class_names))
+
+    def _retrieval(self, encoder: Encoder, data: EvalData, test: Embedded) -> dict[str, float]:
+        texts = [caption for entry in test.captions for caption in entry]
+        if not all(test.captions):
+            raise ConfigError(
+                f"eval set '{data.name}': retrieval needs captions, sample "
+                f"'{test.metadata[test.captions.index([])]['key']}' has none; set tasks: [zero_shot]"
+            )
+        owners = [row for row, entry in enumerate(test.captions) for _ in entry]
+        embeddings = encode_texts(encoder, self._tokenizer, texts, self._config.eval.batch_size)
+        return retrieval_figures(test.images, embeddings, torch.tensor(owners, device=test.images.device))
+
+    def _bias(self, encoder: Encoder, data: EvalData, test: Embedded) -> dict[str, Any]:
+        lacking = next((entry["key"] for entry in test.metadata if data.probe_group not in entry), None)
+        if lacking is not None:
+            raise ConfigError(
+                f"eval set '{data.name}': sample '{lacking}' has no '{data.probe_group}' in its .json member, by which "
+                "the bias probe groups; set probe_group to one that all samples have"
+            )
+        probed = {name: self.classes(encoder, data, labels) for name, labels in data.probe.items()}
+        classes, categories = joined_classes(self.classes(encoder, data, data.class_names), probed)
+        groups = [str(entry[data.probe_group]) for entry in test.metadata]
+        return probe_table(test.images, groups, classes, categories)
 
     def _merge_records(self, records: dict[int, tuple[list[str], dict]]) -> dict[int, tuple[list[str], dict]]:
         """Captions and metadata of the whole set on every rank. Collective."""
         parts: list = [None] * self._place.world_size
-        torch.distributed.all_gather_object(parts, records)
+        dist.all_gather_object(parts, records)
         return {index: record for part in parts for index, record in part.items()}
 
 
-def _labels(metadata: list[dict], data: EvalData) -> list[int]:
-    labels = [entry.get("cls") for entry in metadata]
+def labels_of(embedded: Embedded, data: EvalData) -> Tensor:
+    """int64 [N] labels on the embeddings' device.
+
+    Raises:
+        ConfigError: A sample without a label that indexes the class names.
+    """
+    labels = [entry.get("cls") for entry in embedded.metadata]
     bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < len(data.class_names)]
     if bad:
         raise ConfigError(
             f"eval set '{data.name}': label {bad[0]!r} is not in [0, {len(data.class_names)}); "
             "each sample needs a .cls member that indexes classnames.txt"
         )
-    return labels
+    return torch.tensor(labels, device=embedded.images.device)
 
 
 def _note_records(loader: Iterator[dict], records: dict[int, tuple[list[str], dict]]) -> Iterator[dict]:
