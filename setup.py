@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "models*", "losses*", "data*"]),
-    package_data={"trainer": ["recipes/*.yaml"]},
+    package_data={"trainer": ["recipes/*.yaml", "report/*.j2"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -35,12 +35,16 @@ setup(
         "tensorboard",
         "filelock",
         "fsspec",
-        # The typefaces of the built-in set.
+        # The typefaces of the built-in set, and the curves of reports.
         "matplotlib>=3.8",
+        "jinja2>=3.1",
+        # Near-duplicate search and its statistics.
+        "imagehash>=4.3",
+        "scipy>=1.11",
         "fonttools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff>=0.6"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff>=0.6", "scikit-learn>=1.4"],
         # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.
         "mpi": ["mpi4py>=4", "mpich"],
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],

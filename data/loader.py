@@ -350,8 +350,7 @@ def build_eval_loader(
     """
     if batch_size < 1:
         raise DataError(f"the evaluation batch size is {batch_size}; it must be at least 1")
-    kind = FolderDataset if isinstance(sources, ImageFolder) else EvalDataset
-    dataset = kind(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())
+    dataset = _eval_dataset(sources, eval_transform, store, limits)
     total = min(len(dataset), max_samples or len(dataset))
     batches = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     items = batches[rank::world_size]
@@ -367,3 +366,40 @@ def build_eval_loader(
         )
 
     return EvalLoader(open_pipeline, total)
+
+
+def read_eval_samples(
+    sources: Sequence[IndexedSource] | ImageFolder,
+    positions: Sequence[int],
+    eval_transform: Callable[[bytes], np.ndarray],
+    store: IndexStore | None = None,
+) -> list[np.ndarray]:
+    """Reads a few pictures of an evaluation set, in this process.
+
+    Args:
+        sources: As for `build_eval_loader`.
+        positions: `sample_index` of each picture.
+        eval_transform: As for `build_eval_loader`.
+        store: As for `build_eval_loader`.
+
+    Raises:
+        DataError: One of them cannot be read.
+    """
+    dataset = _eval_dataset(sources, eval_transform, store, None)
+    pictures = []
+    for position in positions:
+        batch = dataset[position, position + 1]
+        if not len(batch["images"]):
+            raise DataError(f"sample {position} cannot be read: {batch['bad_samples'][0]['reason']}")
+        pictures.append(batch["images"][0].numpy())
+    return pictures
+
+
+def _eval_dataset(
+    sources: Sequence[IndexedSource] | ImageFolder,
+    eval_transform: Callable[[bytes], np.ndarray],
+    store: IndexStore | None,
+    limits: ReadLimits | None,
+) -> EvalDataset:
+    kind = FolderDataset if isinstance(sources, ImageFolder) else EvalDataset
+    return kind(sources, eval_transform, store=store or IndexStore.create(), limits=limits or ReadLimits())

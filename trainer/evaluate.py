@@ -46,7 +46,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--templates", metavar="FILE|NAME", help="prompts: a file, openai_imagenet, simple_imagenet")
     parser.add_argument("--max_samples", type=int, help="only the first so many samples of the sets given")
     parser.add_argument("--reference", metavar="NAME", help="effective robustness: the set all others are shifts of")
-    parser.add_argument("--baselines", type=Path, metavar="CSV", help="accuracies of other models for the robustness line")
+    parser.add_argument(
+        "--baselines", type=Path, metavar="CSV", help="accuracies of other models for the robustness line"
+    )
     parser.add_argument("--batch_size", type=int, help="default: the recipe's")
     parser.add_argument("--workers", type=int, help="loader processes per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -76,5 +76,7 @@ def load_trained(run_dir: Path, config: RunConfig, step: int | None) -> tuple[Me
     try:
         method.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ConfigError(f"{folder} does not fit {run_dir / 'config.yaml'}: {str(error).splitlines()[-1].strip()}") from None
+        raise ConfigError(
+            f"{folder} does not fit {run_dir / 'config.yaml'}: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return method, tokenizer, folder

@@ -30,12 +30,14 @@ class Embedded:
 
     Attributes:
         images: [N, d] unit norm.
+        rows: Position of each in the stored set.
         captions: Of each sample.
         metadata: Of each sample: its key, the content of its `.json` member, "cls".
         unreadable: Samples left out.
     """
 
     images: Tensor
+    rows: list[int]
     captions: list[list[str]]
     metadata: list[dict[str, Any]]
     unreadable: int
@@ -93,7 +95,7 @@ class Evaluation:
             raise ConfigError(f"eval set '{data.name}': none of its {total} samples can be read; check the data")
         captions, metadata = zip(*(merged[index] for index in kept), strict=True)
         images = images[torch.tensor(kept, device=images.device)]
-        return Embedded(images, list(captions), list(metadata), total - len(kept))
+        return Embedded(images, kept, list(captions), list(metadata), total - len(kept))
 
     def classes(self, encoder: Encoder, data: EvalData, names: list[str]) -> Tensor:
         """Class embeddings [len(names), d] under the set's templates. Collective."""
