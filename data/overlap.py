@@ -5,6 +5,7 @@ trained a detector of their own; this is the DCT hash of the imagehash library, 
 pictures that differ by size, compression or slight colour changes, and arbitrary for crops and rotations.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,7 @@ def nearest_within(queries: np.ndarray, others: np.ndarray, distance: int = DEFA
     best = np.full(len(queries), -1, dtype=np.int64)
     best_distance = np.full(len(queries), distance + 1, dtype=np.uint8)
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
         order = np.argsort(others & mask, kind="stable")
         keys = (others & mask)[order]
@@ -123,4 +124,4 @@ def _chunks(counts: np.ndarray) -> list[slice]:
     """Runs of queries with a bounded number of candidates together."""
     parts = np.cumsum(counts) // _CHUNK
     edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(counts)]
-    return [slice(begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True) if end > begin]
+    return [slice(begin, end) for begin, end in itertools.pairwise(edges) if end > begin]

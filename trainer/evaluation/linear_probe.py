@@ -20,7 +20,8 @@ SHOTS = (1, 2, 4, 8, 16)
 FEW_SHOT_DRAWS = 3
 _MAX_VALIDATION_SHOTS = 4
 _MAX_ITERATIONS = 1000
-_TOLERANCE = 1e-7
+# The flattest direction is penalised by 1 / (C n), so the gradient has to be far below what accuracy alone needs.
+_TOLERANCE = 1e-9
 # Decades of the inverse strength C, and the search's finest step: an eighth of a decade.
 _COARSE = tuple(range(-6, 7, 2))
 _FINEST = 1 / 8
