@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from losses.distributed import all_gather_rows, rank
-from losses.similarity import Block, BlockLosses, Plan
+from losses.similarity import BlockLosses
+from losses.tiles import Block, Plan
 
 DEFAULT_SLAB_BUDGET_BYTES = 128 * 2**20
 # Below 256 rows a CPU's matrix product loses speed, above it only memory grows; an accelerator wants large kernels.
