@@ -113,7 +113,7 @@ def contrastive_terms(
         tile_rows=tile_rows or _default_tile_rows(gathered_text),
         slab_budget_bytes=slab_budget_bytes,
     )
-    extra_sums = torch.empty(0) if extra_sums is None else extra_sums
+    extra_sums = logit_scale.new_empty(0) if extra_sums is None else extra_sums
     losses, extra_sums = BlockLosses.apply(
         image_features,
         text_features,
