@@ -170,7 +170,7 @@ class Engine:
             # ZeRO leaves before it has told the scaler of an overflow; without this the scale would never come down.
             scaler.update(scale * scaler.get_backoff_factor())
         norm = self.deepspeed.get_global_grad_norm()
-        return self._on_device(not applied, math.nan if norm is None else float(norm) / scale)
+        return self._on_device(not applied, math.nan if norm is None else norm / scale)
 
     @torch.no_grad()
     def _step_on_device(self) -> tuple[Tensor, Tensor]:
@@ -195,8 +195,8 @@ class Engine:
         dist.all_reduce(squared)
         return squared.sqrt()
 
-    def _on_device(self, skipped: bool, norm: float) -> tuple[Tensor, Tensor]:
-        return torch.tensor(skipped, device=self.device), torch.tensor(norm, device=self.device)
+    def _on_device(self, skipped: bool, norm: float | Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor(skipped, device=self.device), torch.as_tensor(norm, device=self.device)
 
     def _step_unsharded(self) -> tuple[Tensor, Tensor]:
         # ZeRO 0 has no finite check of its own. The gradients are already averaged, so all ranks see the same norm.
