@@ -37,6 +37,9 @@ class TrainerState:
     method_state: dict[str, Any] = field(default_factory=dict)
     method_digest: str = ""
     grad_scaler: dict[str, Any] | None = None
+    # Step n trains on global batch n + data_offset of the order: what rollbacks have left out.
+    data_offset: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

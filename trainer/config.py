@@ -75,7 +75,11 @@ class EvalConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch and numerics of a run."""
+    """Length, batch and numerics of a run.
+
+    `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
+    `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
+    """
 
     steps: int = Field(ge=1)
     stop_after: int | None = Field(None, ge=1)
@@ -87,10 +91,12 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
+    timeout_minutes: float = Field(30.0, gt=0.0)
+    verify_replicas_every: int = Field(0, ge=0)
 
 
 class OptimizerConfig(Section):
-    """`auto`: DeepSpeed's FusedAdam on CUDA, CPUAdam under offload, torch's fused AdamW on a CPU."""
+    """`auto`: torch's fused AdamW, or DeepSpeed's CPUAdam under offload."""
 
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "cpu_adam", "sgd"] = "auto"
     lr: float = Field(gt=0.0)
@@ -119,9 +125,19 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """`max_skipped` non-finite steps in a row end the run."""
+    """When a run goes back to its last good checkpoint and leaves out the samples it saw since.
+
+    `max_skipped` steps in a row without finite gradients or, where `spike_factor` is not 0, `spike_steps` in a row with
+    a loss above the median of the last `spike_window` good ones by `spike_factor` times their spread (scaled median
+    absolute deviation, at least 1 % of the median). Looked at on logged steps. Going back more than `max_rollbacks`
+    times ends the run.
+    """
 
     max_skipped: int = Field(20, ge=1)
+    spike_factor: float = Field(0.0, ge=0.0)
+    spike_window: int = Field(200, ge=2)
+    spike_steps: int = Field(10, ge=1)
+    max_rollbacks: int = Field(3, ge=0)
 
 
 class LoggingConfig(Section):

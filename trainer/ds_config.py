@@ -137,6 +137,8 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
     tree.update(train_micro_batch_size_per_gpu=plan.rank_batch_size, gradient_accumulation_steps=1)
     tree.setdefault("steps_per_print", 2**31 - 1)
     tree["zero_allow_untested_optimizer"] = True
+    # On by default, and then it waits for the device twice a step.
+    tree["timers"] = {"throughput": {"enabled": False}}
     return _describe(tree, portable, source)
 
 

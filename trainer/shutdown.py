@@ -20,6 +20,19 @@ _LOST_CONTACT = (
     "Broken pipe",
     "NCCL communicator was aborted",
 )
+# Called with the message and exit code before this rank leaves with an error, while the run has a way to the others.
+_heralds: list[Callable[[str, int], None]] = []
+
+
+def add_herald(tell: Callable[[str, int], None]) -> None:
+    """Have `tell(message, exit_code)` called before this rank leaves with an error."""
+    _heralds.append(tell)
+
+
+def remove_herald(tell: Callable[[str, int], None]) -> None:
+    """Undo `add_herald`; harmless when it was not added."""
+    if tell in _heralds:
+        _heralds.remove(tell)
 
 
 @contextmanager
@@ -46,6 +59,8 @@ def reported_errors(place: Place) -> Iterator[None]:
 
 
 def _leave(place: Place, message: str, code: int) -> None:
+    for tell in _heralds:
+        tell(message, code)
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
     prefix = f"rank {place.rank}: " if place.world_size > 1 else ""

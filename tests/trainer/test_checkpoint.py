@@ -72,13 +72,13 @@ def test_another_run_does_not_continue_in_this_folder(tmp_path):
 
 
 def test_going_back_leaves_the_later_branch(tmp_path):
-    from trainer.assemble import _leave_later_branch
+    from trainer.recovery import leave_later_branch
 
     for step in (10, 20, 30):
         make_checkpoint(tmp_path, step)
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / ".partial").mkdir()
-    _leave_later_branch(tmp_path, checkpoints / "step_20")
+    leave_later_branch(tmp_path, checkpoints / "step_20")
     assert [folder.name for folder in list_checkpoints(checkpoints)] == ["step_20", "step_10"]
     assert (checkpoints / ".abandoned-step_30" / "model.pt").is_file()
     assert not (checkpoints / ".partial").exists()
