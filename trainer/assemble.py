@@ -16,6 +16,7 @@ from trainer.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    prepare_checkpoints,
     set_aside,
     step_of,
     sweep,
@@ -25,6 +26,7 @@ from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_
 from trainer.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
+from trainer.files import write_atomically
 from trainer.launch import Place
 from trainer.loop import STOPPED_EARLY, Run
 from trainer.methods import METHODS, Method, parse_method
@@ -86,7 +88,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
-    checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
+    checkpoint, warnings = find_checkpoint(run_dir, arguments.resume)
     for warning in warnings:
         console.warn(warning)
     together(lambda: _leave_later_branch(run_dir, checkpoint) if place.is_main else None)
@@ -110,8 +112,15 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     )
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
-    metrics = together(lambda: _open_run_dir(run_dir, config, resolved, state, checkpoint, place))
+    estimate = prepare_checkpoints(engine, run_dir / "checkpoints", must_fit=checkpoint is None)
+    metrics = together(lambda: _open_run_dir(run_dir, config, resolved, state, checkpoint, len(warnings), place))
     _announce(console, config, run_dir, engine, plan, precision, place, data)
+    console.line(str(estimate))
+    if estimate.total * (config.checkpoint.keep_last + 1) > estimate.free:
+        console.warn(
+            f"{run_dir} has no room for checkpoint.keep_last {config.checkpoint.keep_last} checkpoints and the next "
+            "one; lower keep_last or free some space, or saving will fail later"
+        )
     return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
 
 
@@ -216,21 +225,21 @@ def _open_run_dir(
     resolved: ResolvedDeepSpeed,
     state: TrainerState,
     checkpoint: Path | None,
+    passed_over: int,
     place: Place,
 ) -> MetricsWriter | None:
     if not place.is_main:
         return None
     # How long this process runs is not part of the run.
     whole = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
-    (run_dir / "config.yaml").write_text(dump_config(whole), encoding="utf-8")
-    (run_dir / "ds_config.json").write_text(json.dumps(resolved.portable, indent=2) + "\n", encoding="utf-8")
+    write_atomically(run_dir / "config.yaml", dump_config(whole))
+    write_atomically(run_dir / "ds_config.json", json.dumps(resolved.portable, indent=2) + "\n")
     (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
     dropped = truncate_metrics(run_dir, state.step)
     metrics = MetricsWriter(run_dir, config.logging, state.step)
     if checkpoint is not None:
-        metrics.event(
-            "resumed", state.step, checkpoint=str(checkpoint), world_size=place.world_size, dropped_records=dropped
-        )
+        details = {"world_size": place.world_size, "dropped_records": dropped, "damaged_checkpoints": passed_over}
+        metrics.event("resumed", state.step, checkpoint=str(checkpoint), **details)
     return metrics
 
 

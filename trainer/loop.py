@@ -17,7 +17,7 @@ from trainer.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
 from trainer.config import RunConfig
 from trainer.ds_config import BatchPlan
 from trainer.engine import Engine
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, SaveError
 from trainer.evaluation import Evaluation
 from trainer.launch import Place
 from trainer.metrics import Console, MetricsWriter
@@ -101,7 +101,7 @@ def train(run: Run) -> None:
             if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
                 _evaluate(run)
         if run.last_saved != run.state.step and run.state.step > first:
-            _save(run)
+            _save(run, final=True)
         if run.state.step == config.train.steps and config.eval.at_end:
             _evaluate(run)
         if stopped and run.place.is_main and run.state.step < config.train.steps:
@@ -234,8 +234,8 @@ def _report_bad_samples(run: Run, count: int) -> None:
         )
 
 
-def _save(run: Run) -> None:
-    """Save and prune. Collective."""
+def _save(run: Run, final: bool = False) -> None:
+    """Save and prune. A failed save is retried at the next interval, unless it was the last. Collective."""
     started = time.perf_counter()
     state, engine = run.state, run.engine
     bad = torch.tensor([len(run.window.bad)], device=engine.device)
@@ -248,8 +248,13 @@ def _save(run: Run) -> None:
     scaler = engine.grad_scaler()
     state.grad_scaler = None if scaler is None else scaler.state_dict()
     checkpoints = run.run_dir / "checkpoints"
-    folder = save_checkpoint(engine, checkpoints, state, run.place.rank, run.place.world_size)
-    state.method_state = {}
+    try:
+        folder = save_checkpoint(engine, checkpoints, state, run.place.rank, run.place.world_size)
+    except SaveError as error:
+        _go_on_unsaved(run, str(error), final)
+        return
+    finally:
+        state.method_state = {}
     run.last_saved = state.step
     if run.metrics:
         prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
@@ -257,6 +262,17 @@ def _save(run: Run) -> None:
         seconds = time.perf_counter() - started
         run.metrics.event("checkpoint", state.step, path=str(folder), mib=size, seconds=seconds)
         run.console.line(f"saved {folder} ({size:.0f} MiB, {seconds:.1f} s)")
+
+
+def _go_on_unsaved(run: Run, problem: str, final: bool) -> None:
+    if run.metrics:
+        run.metrics.event("checkpoint_failed", run.state.step, reason=problem)
+    if final:
+        kept = f"checkpoint of step {run.last_saved}" if run.last_saved else "start, as there is no other checkpoint"
+        raise ConfigError(f"{problem}; free some space or repair the disk, then --resume auto goes on from the {kept}")
+    run.console.warn(
+        f"{problem}; earlier checkpoints are untouched, training goes on and tries again at the next interval"
+    )
 
 
 def _agreed_digest(run: Run) -> str:
