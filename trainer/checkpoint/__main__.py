@@ -89,7 +89,9 @@ def _list(found: list[Path]) -> None:
         cells = [manifest.get(key, "") for key in ("samples", "world_size", "stage")]
         state = f"damaged: {problems[0]}" if problems else "complete"
         table.add_row(str(step_of(folder)), *map(str, cells), f"{size / 2**20:.1f} MiB", saved, state)
-    rich.console.Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
+    # Wide enough for any row where nobody watches: a log or a pipe has no columns.
+    width = None if sys.stdout.isatty() else 1000
+    rich.console.Console(width=width, highlight=False, markup=False).print(table)
 
 
 def _verify(found: list[Path]) -> int:
