@@ -33,6 +33,7 @@ setup(
         "pyyaml",
         "rich>=13",
         "tensorboard",
+        "safetensors>=0.5",
         "filelock",
         "fsspec",
         # The typefaces of the built-in set.

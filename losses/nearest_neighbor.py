@@ -195,7 +195,7 @@ class NearestNeighborQueue(nn.Module):
     def state(self) -> dict[str, Any]:
         """A copy of the queue on the CPU as plain tensors and numbers, for `load_state`."""
         return {
-            "rows": self.rows.detach().cpu().clone(),
+            "rows": self.rows.detach().to("cpu", copy=True),
             "pointer": self.pointer,
             "filled": self.filled,
             "offered": self._offered,

@@ -11,13 +11,14 @@ from filelock import FileLock, Timeout
 from data.tokenizer import ClipTokenizer
 from models.registry import build_model
 from trainer.agreement import on_main, together
-from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint
+from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
 from trainer.compilation import compile_towers
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
 from trainer.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
+from trainer.files import write_atomically
 from trainer.guard import Guard
 from trainer.launch import Place
 from trainer.loop import STOPPED_EARLY
@@ -83,7 +84,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
-    checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
+    checkpoint, warnings = find_checkpoint(run_dir, arguments.resume)
     for warning in warnings:
         console.warn(warning)
     together(lambda: leave_later_branch(run_dir, checkpoint) if place.is_main else None)
@@ -115,12 +116,19 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
         guard.load_state(saved.guard)
+    estimate = prepare_checkpoints(engine, run_dir / "checkpoints", must_fit=checkpoint is None)
     dropped = together(lambda: _open_run_dir(run_dir, config, resolved, state.step) if place.is_main else 0)
     metrics = together(lambda: open_metrics(state.step))
     if metrics is not None and checkpoint is not None:
-        details = {"checkpoint": str(checkpoint), "world_size": place.world_size, "dropped_records": dropped}
-        metrics.event("resumed", state.step, **details)
+        details = {"world_size": place.world_size, "dropped_records": dropped, "damaged_checkpoints": len(warnings)}
+        metrics.event("resumed", state.step, checkpoint=str(checkpoint), **details)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
+    console.line(str(estimate))
+    if estimate.total * (config.checkpoint.keep_last + 1) > estimate.free:
+        console.warn(
+            f"{run_dir} has no room for checkpoint.keep_last {config.checkpoint.keep_last} checkpoints and the next "
+            "one; lower keep_last or free some space, or saving will fail later"
+        )
     return Run(
         config=config,
         place=place,
@@ -230,8 +238,8 @@ def _open_run_dir(run_dir: Path, config: RunConfig, resolved: ResolvedDeepSpeed,
     # How long this process runs is not part of the run.
     whole = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
     with writable(run_dir):
-        (run_dir / "config.yaml").write_text(dump_config(whole), encoding="utf-8")
-        (run_dir / "ds_config.json").write_text(json.dumps(resolved.portable, indent=2) + "\n", encoding="utf-8")
+        write_atomically(run_dir / "config.yaml", dump_config(whole))
+        write_atomically(run_dir / "ds_config.json", json.dumps(resolved.portable, indent=2) + "\n")
         (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
         return truncate_records(run_dir, step)
 

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake becomes."""
+"""The exceptions a user's mistake, or a full disk, becomes."""
 
 
 class ConfigError(ValueError):
@@ -7,3 +7,7 @@ class ConfigError(ValueError):
     The message is a single line that says what was given, what was expected and how to fix it. The entry point
     prints it without a traceback and exits with code 2.
     """
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written: no room, no permission, a failing disk. Raised on all ranks alike."""

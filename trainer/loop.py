@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.agreement import on_main
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import Preemption
 from trainer.recovery import roll_back
@@ -59,7 +59,7 @@ def train(run: Run) -> None:
             if run.state.step == step:
                 _after_step(run, stopped)
         if run.last_saved != run.state.step and run.state.step > first:
-            _save(run)
+            _save(run, final=True)
         if run.state.step == config.train.steps:
             _evaluate_if_due(run)
         if stopped and run.place.is_main and run.state.step < config.train.steps:
@@ -119,8 +119,8 @@ def _after_step(run: Run, stopped: bool) -> None:
         _evaluate_if_due(run)
 
 
-def _save(run: Run) -> None:
-    """Save and prune. Collective."""
+def _save(run: Run, final: bool = False) -> None:
+    """Save and prune. A failed save is retried at the next interval, unless it was the last. Collective."""
     started = time.perf_counter()
     state, engine = run.state, run.engine
     run.watchdog.enter(state.step, "save")
@@ -134,8 +134,13 @@ def _save(run: Run) -> None:
     scaler = engine.grad_scaler()
     state.grad_scaler = None if scaler is None else scaler.state_dict()
     checkpoints = run.run_dir / "checkpoints"
-    folder = save_checkpoint(engine, checkpoints, state, run.place.rank, run.place.world_size)
-    state.method_state = {}
+    try:
+        folder = save_checkpoint(engine, checkpoints, state, run.place.rank, run.place.world_size)
+    except SaveError as error:
+        _go_on_unsaved(run, str(error), final)
+        return
+    finally:
+        state.method_state = {}
     run.last_saved = state.step
     if run.metrics:
         prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
@@ -144,6 +149,17 @@ def _save(run: Run) -> None:
         details = {"state_hash": state.method_digest[:16]} if state.method_digest else {}
         run.metrics.event("checkpoint", state.step, path=str(folder), mib=size, seconds=seconds, **details)
         run.console.line(f"saved {folder} ({size:.0f} MiB, {seconds:.1f} s)")
+
+
+def _go_on_unsaved(run: Run, problem: str, final: bool) -> None:
+    if run.metrics:
+        run.metrics.event("checkpoint_failed", run.state.step, reason=problem)
+    if final:
+        kept = f"checkpoint of step {run.last_saved}" if run.last_saved else "start, as there is no other checkpoint"
+        raise ConfigError(f"{problem}; free some space or repair the disk, then --resume auto goes on from the {kept}")
+    run.console.warn(
+        f"{problem}; earlier checkpoints are untouched, training goes on and tries again at the next interval"
+    )
 
 
 def _agreed_digest(run: Run) -> str:

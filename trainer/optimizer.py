@@ -83,3 +83,10 @@ def _compiled_kernel(name: str, groups: list[dict], adam: dict) -> torch.optim.O
             else "DeepSpeed compiles it on first use, which needs a C++ compiler and ninja"
         )
         raise ConfigError(f"optimizer.name {name} is not available ({reason}): {fix}; or use adamw") from None
+
+
+def optimizer_family(optimizer: torch.optim.Optimizer) -> str:
+    """What state the optimizer keeps: checkpoints move between kernels of one family, not between families."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return "adam"
+    return "sgd with momentum" if optimizer.param_groups[0]["momentum"] else "sgd without momentum"

@@ -67,7 +67,7 @@ def roll_back(run: Run, trouble: Trouble) -> None:
 
 def _last_good(checkpoints: Path, before: int) -> Path | None:
     for folder in list_checkpoints(checkpoints):
-        if step_of(folder) < before and verify_checkpoint(folder) is None:
+        if step_of(folder) < before and not verify_checkpoint(folder):
             return folder
     return None
 
