@@ -34,6 +34,7 @@ setup(
         "rich>=13",
         "tensorboard",
         "filelock",
+        "psutil",
         "fsspec",
         # The typefaces of the built-in set.
         "matplotlib>=3.8",

@@ -26,11 +26,12 @@ from trainer.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.launch import Place
-from trainer.loop import STOPPED_EARLY, Run
+from trainer.loop import Run
 from trainer.methods import METHODS, Method, parse_method
 from trainer.metrics import Console, MetricsWriter, truncate_metrics
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
+from trainer.preemption import STOPPED_EARLY, stop_if_told
 
 DEFAULT_RECIPE = "demo"
 
@@ -68,6 +69,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
 
     Raises:
         ConfigError, DataError: A mistake the user can fix.
+        ToldToStop: A signal came before there was anything to save.
     """
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
@@ -92,7 +94,9 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     together(lambda: _leave_later_branch(run_dir, checkpoint) if place.is_main else None)
     _check_same_settings(config, resolved, precision)
     console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
+    stop_if_told(run_dir)
     sources = index_sources(config, place)
+    stop_if_told(run_dir)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
@@ -111,6 +115,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
     metrics = together(lambda: _open_run_dir(run_dir, config, resolved, state, checkpoint, place))
+    stop_if_told(run_dir)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
     return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
 

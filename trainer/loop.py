@@ -22,11 +22,9 @@ from trainer.evaluation import Evaluation
 from trainer.launch import Place
 from trainer.metrics import Console, MetricsWriter
 from trainer.pipeline import TrainData
-from trainer.preemption import Preemption
+from trainer.preemption import STOPPED_EARLY, Preemption
 from trainer.schedule import learning_rate
 
-# Left in the run folder when a signal ended the run before its last step: the job script requeues itself on it.
-STOPPED_EARLY = "stopped_early"
 # The logged data_hash is a sum of sample fingerprints modulo this: the same number at any world size, and 2^15 ranks
 # fit into an int64.
 _HASH_MODULUS = 1 << 48

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from trainer.errors import ConfigError
 from trainer.launch import Place
+from trainer.output import Output
 
 USER_ERROR = 2
 # Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
@@ -31,25 +32,26 @@ def reported_errors(place: Place) -> Iterator[None]:
     """
     from data.errors import DataError
 
+    output = Output(place)
     try:
         yield
+        output.discard()
     except (ConfigError, DataError) as error:
-        _leave(place, f"error: {error}", USER_ERROR)
+        _leave(place, output, f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
-        _leave(place, "interrupted", 130)
+        _leave(place, output, "interrupted", 130)
     except Exception as error:
         if _is_lost_contact(error):
             # The rank that failed prints why; leaving after it lets its exit code be the job's.
             time.sleep(_LOST_CONTACT_SECONDS)
-            _leave(place, "lost contact with another rank, whose message above is the cause", 1)
-        _leave(place, traceback.format_exc(), 1)
+            _leave(place, output, "lost contact with another rank, whose message above is the cause", 1)
+        _leave(place, output, traceback.format_exc(), 1)
 
 
-def _leave(place: Place, message: str, code: int) -> None:
+def _leave(place: Place, output: Output, message: str, code: int) -> None:
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
-    prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    output.last_words(message, code)
     sys.stdout.flush()
     os._exit(code)
 
@@ -70,6 +72,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     _close_process_group()
+    _finalize_mpi()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -81,3 +84,10 @@ def _close_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _finalize_mpi() -> None:
+    # mpirun calls a process that leaves without this a crash.
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
