@@ -35,6 +35,7 @@ setup(
         "tensorboard",
         "safetensors>=0.5",
         "filelock",
+        "psutil",
         "fsspec",
         # The typefaces of the built-in set.
         "matplotlib>=3.8",

@@ -21,11 +21,11 @@ from trainer.evaluation import Evaluation
 from trainer.files import write_atomically
 from trainer.guard import Guard
 from trainer.launch import Place
-from trainer.loop import STOPPED_EARLY
 from trainer.methods import METHODS, Method, parse_method
 from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
+from trainer.preemption import STOPPED_EARLY, stop_if_told
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
 from trainer.watchdog import Watchdog
@@ -66,6 +66,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
 
     Raises:
         ConfigError, DataError: A mistake the user can fix.
+        ToldToStop: A signal came before there was anything to save.
     """
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
@@ -90,7 +91,9 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     together(lambda: leave_later_branch(run_dir, checkpoint) if place.is_main else None)
     _check_same_settings(config, resolved, precision)
     console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
+    stop_if_told(run_dir)
     sources = index_sources(config, place)
+    stop_if_told(run_dir)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
@@ -122,6 +125,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     if metrics is not None and checkpoint is not None:
         details = {"world_size": place.world_size, "dropped_records": dropped, "damaged_checkpoints": len(warnings)}
         metrics.event("resumed", state.step, checkpoint=str(checkpoint), **details)
+    stop_if_told(run_dir)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
     console.line(str(estimate))
     if estimate.total * (config.checkpoint.keep_last + 1) > estimate.free:

@@ -12,14 +12,11 @@ from trainer.agreement import on_main
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
-from trainer.preemption import Preemption
+from trainer.preemption import STOPPED_EARLY, Preemption
 from trainer.recovery import roll_back
 from trainer.replicas import average_local_statistics, verify_replicas
 from trainer.reporting import judge_steps, log_step, rate, report_pending_bad_samples
 from trainer.state import Run
-
-# Left in the run folder when a signal ended the run before its last step: the job script requeues itself on it.
-STOPPED_EARLY = "stopped_early"
 
 
 def train(run: Run) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,4 +185,10 @@ def _wandb(run_dir: Path, project: str) -> Any:
         import wandb
     except ImportError:
         raise ConfigError("logging.wandb_project needs wandb: pip install 'declip-trainer[tracking]'") from None
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
+    # Kept in the folder: a resumed run goes on in its own record, and a namesake elsewhere has another.
+    identity = run_dir / "wandb_id"
+    run_id = identity.read_text(encoding="utf-8").strip() if identity.is_file() else ""
+    if not run_id:
+        run_id = uuid.uuid4().hex[:12]
+        identity.write_text(run_id, encoding="utf-8")
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_id)

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from trainer.launch import Place
-from trainer.shutdown import add_herald, remove_herald
+from trainer.shutdown import add_herald, last_words, remove_herald
 
 # Longest time between two looks; short timeouts, as in tests, look more often.
 _BEAT_SECONDS = 2.0
@@ -230,7 +230,5 @@ class Watchdog:
     def _leave(self, message: str, code: int = _FAILED, *, stack: bool = False) -> None:
         frame = sys._current_frames().get(threading.main_thread().ident)
         lines = "".join(traceback.format_stack(frame)[-4:]) if stack and frame else ""
-        prefix = f"rank {self._place.rank}: " if self._place.world_size > 1 else ""
-        sys.stderr.write(f"{prefix}error: {message}\n{lines}")
-        sys.stderr.flush()
+        last_words(self._place, f"error: {message}\n{lines}".rstrip(), code)
         os._exit(code)
