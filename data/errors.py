@@ -1,11 +1,13 @@
 """Errors of the data package."""
 
 _MAX_REASON_CHARS = 300
+_MAX_MESSAGE_CHARS = 1500
 
 
-def printable(text: str) -> str:
-    """Returns text as one line without control characters: names out of archives may hold anything."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def printable(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
+    """Returns text as one line of bounded length without control characters: names and values may hold anything."""
+    text = text[:max_chars]
+    return text if text.isprintable() else repr(text)[1:-1][:max_chars]
 
 
 class DataError(ValueError):
@@ -13,6 +15,9 @@ class DataError(ValueError):
 
     The message is one line: what was given, what was expected, and the fix.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class BadSample(Exception):
@@ -24,4 +29,4 @@ class BadSample(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.reason = printable(reason)[:_MAX_REASON_CHARS]
+        self.reason = printable(reason, _MAX_REASON_CHARS)
