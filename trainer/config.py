@@ -301,6 +301,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         location.pop()
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
+        location = [str(part) for part in first["loc"]]
+        key = prefix + ".".join(location)
         names = _field_names(model, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1)
         hint = f"did you mean '{prefix}{'.'.join([*location[:-1], close[0]])}'?" if close else f"known: {names}"

@@ -1,4 +1,4 @@
-"""YAML as plain data: no tags, no aliases, no key twice, bounded in depth, so that no file runs code or takes memory."""
+"""YAML as plain data: no tags, no aliases, no key twice, bounded in depth; no file runs code or takes memory."""
 
 from typing import Any
 
