@@ -1,6 +1,7 @@
 """Typed run configuration: a recipe (YAML), dotted overrides, one clear error for every mistake."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
+from trainer.safe_yaml import YamlError, parse_yaml
 
 RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
 # Nothing real nests recipes deeper; a longer chain is a cycle.
@@ -18,7 +20,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, values are frozen after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -244,11 +246,13 @@ def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
 
 def _recipe_path(recipe: str) -> Path:
     named = RECIPE_DIR / f"{recipe}.yaml"
-    if "/" not in recipe and named.is_file():
-        return named
-    path = Path(recipe)
-    if path.is_file():
-        return path
+    # A name too long for a file is no file.
+    with suppress(OSError):
+        if "/" not in recipe and named.is_file():
+            return named
+        path = Path(recipe)
+        if path.is_file():
+            return path
     close = difflib.get_close_matches(recipe, recipe_names(), n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
@@ -258,12 +262,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
     try:
-        text = path.read_text(encoding="utf-8")
-        # Aliases let a few bytes expand without bound, and no recipe needs them.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{path}: YAML aliases ('*name') are not supported; write the value out")
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path} must be a mapping of sections (model, method, data, train, ...)")
@@ -292,8 +292,8 @@ def _parse_scalar(key: str, text: str) -> Any:
     if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except YamlError:
         return text
 
 
@@ -317,6 +317,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         location.pop()
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
+        location = [str(part) for part in first["loc"]]
+        key = prefix + ".".join(location)
         names = _field_names(model, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1)
         hint = f"did you mean '{prefix}{'.'.join([*location[:-1], close[0]])}'?" if close else f"known: {names}"

@@ -209,7 +209,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes, no DeepSpeed configuration")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--ds_config {path} must be a JSON object")

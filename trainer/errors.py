@@ -1,5 +1,7 @@
 """The exceptions a user's mistake, or a full disk, becomes."""
 
+from data.errors import printable
+
 
 class ConfigError(ValueError):
     """A setting, file or environment the user can fix.
@@ -7,6 +9,9 @@ class ConfigError(ValueError):
     The message is a single line that says what was given, what was expected and how to fix it. The entry point
     prints it without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SaveError(ConfigError):

@@ -1,5 +1,6 @@
 """Evaluation sets: folders in CLIP_benchmark's WebDataset layout, built-in sets, or plain shards."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trainer.config import EvalSet
 from trainer.errors import ConfigError
 
 _DEFAULT_TEMPLATES = ["{c}"]
+_MAX_LIST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,15 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
     """Find and index one evaluation set.
 
     Raises:
-        ConfigError: Missing folder, no shards, or zero-shot without class names.
+        ConfigError: Missing folder, no shards, zero-shot without class names, or retrieval without captions.
         DataError: A shard that cannot be indexed.
     """
     folder = _folder(config.data, cache)
     class_names: list[str] = []
     templates = _DEFAULT_TEMPLATES
-    pattern = config.data
+    pattern: str | list[str] = config.data
     if folder is not None:
-        pattern = str(folder / "test" if (folder / "test").is_dir() else folder)
+        pattern = _shards(folder / "test" if (folder / "test").is_dir() else folder)
         class_names = _lines(folder / "classnames.txt")
         templates = _lines(folder / "zeroshot_classification_templates.txt") or _DEFAULT_TEMPLATES
     if "zero_shot" in config.tasks and not class_names:
@@ -59,8 +61,23 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
             f"eval.sets.{name}: zero_shot needs a folder with classnames.txt (CLIP_benchmark's layout), "
             f"'{config.data}' has none; add it or set tasks: [retrieval]"
         )
-    (source,) = load_sources(parse_sources(pattern, cache), store)
+    (source,) = load_sources(parse_sources(pattern, cache), store, captions=False)
+    if "retrieval" in config.tasks and source.num_uncaptioned:
+        raise ConfigError(
+            f"eval.sets.{name}: retrieval needs captions, {source.num_uncaptioned} of {source.num_samples} samples of "
+            f"'{config.data}' have only a class label; set tasks: [zero_shot]"
+        )
     return EvalData(name, source, tuple(config.tasks), class_names, templates, config.max_samples)
+
+
+def _shards(folder: Path) -> str | list[str]:
+    """The tars of a folder: those nshards.txt counts, so that a missing one is noticed, else all there are."""
+    lines = _lines(folder / "nshards.txt")
+    if not lines:
+        return str(folder)
+    if len(lines) > 1 or not re.fullmatch(r"[1-9]\d{0,5}", lines[0]):
+        raise ConfigError(f"{folder / 'nshards.txt'} must hold the number of shards, got {lines[0][:80]!r}")
+    return [str(folder / f"{number}.tar") for number in range(int(lines[0]))]
 
 
 def _folder(data: str, cache: Path) -> Path | None:
@@ -77,4 +94,13 @@ def _folder(data: str, cache: Path) -> Path | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """Lines that are not blank, stripped, as CLIP_benchmark reads them; none without the file."""
+    if not path.is_file():
+        return []
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise ConfigError(f"{path} has more than {_MAX_LIST_BYTES} bytes; that is no list of names")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
