@@ -35,7 +35,7 @@ def roll_back(run: Run, trouble: Trouble) -> None:
     begin = f"step {failed}: {trouble.reason} (since step {trouble.first_step})"
     if run.guard.rollbacks >= limit:
         raise ConfigError(f"{begin}, and the run has gone back {limit} times (guard.max_rollbacks); {_ADVICE}")
-    checkpoint = on_main(lambda: _last_good(run.run_dir / "checkpoints", trouble.first_step))
+    checkpoint = _last_good(run.run_dir / "checkpoints", trouble.first_step)
     if checkpoint is None:
         raise ConfigError(f"{begin}, and there is no checkpoint from before to go back to; {_ADVICE}")
     rollbacks = run.guard.rollbacks + 1
@@ -66,10 +66,9 @@ def roll_back(run: Run, trouble: Trouble) -> None:
 
 
 def _last_good(checkpoints: Path, before: int) -> Path | None:
-    for folder in list_checkpoints(checkpoints):
-        if step_of(folder) < before and not verify_checkpoint(folder):
-            return folder
-    return None
+    """The newest checkpoint of an earlier step that is as it was written. Collective."""
+    older = on_main(lambda: [folder for folder in list_checkpoints(checkpoints) if step_of(folder) < before])
+    return next((folder for folder in older if not verify_checkpoint(folder)), None)
 
 
 def _rewrite_records(run: Run, checkpoint: Path) -> None:

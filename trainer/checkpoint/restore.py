@@ -139,6 +139,7 @@ def _place_optimizer_state(engine: Engine, folder: Path, saved: Layout, current:
         for group in groups:
             targets = _Targets(engine, group)
             if number == 0:
+                targets.clear()
                 targets.set_scalars(shard.scalars(group))
             moves = list(overlaps(saved.runs(group, shard_rank), owned[group]))
             for key, parts in shard.vectors(group).items():
@@ -172,6 +173,15 @@ class _Targets:
             if name not in state:
                 state[name] = torch.zeros_like(key.data)
         return Joined([self._optimizer.state[key][name].view(-1) for key in self._keys])
+
+    def clear(self) -> None:
+        """As before the first step: an engine that goes back in the middle of a run has moments of its own."""
+        for key in self._keys:
+            for name, value in self._optimizer.state[key].items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif name == "step":
+                    self._optimizer.state[key][name] = 0
 
     def set_scalars(self, scalars: dict[str, Any]) -> None:
         """The step counter in the form this kernel keeps it: a tensor (torch), an int, or in the group (apex)."""
