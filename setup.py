@@ -33,7 +33,9 @@ setup(
         "pyyaml",
         "rich>=13",
         "tensorboard",
+        "safetensors>=0.5",
         "filelock",
+        "psutil",
         "fsspec",
         # The typefaces of the built-in set, and the curves of reports.
         "matplotlib>=3.8",

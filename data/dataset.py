@@ -186,7 +186,7 @@ class TrainDataset(_ReadingDataset):
             candidate = draw % self._order.num_samples[source]
         last = bad_samples[-1]
         raise DataError(
-            f"source {name!r}: {MAX_REPLACEMENTS} samples in a row cannot be used (the last: {last['key']} of "
+            f"source {name!r}: {MAX_REPLACEMENTS} samples in a row cannot be used (the last: {last['key']!r} of "
             f"{last['shard']}: {last['reason']}); check the data"
         )
 
@@ -255,7 +255,7 @@ class EvalDataset(_ReadingDataset):
         return {
             "images": torch.from_numpy(np.stack(images)) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8),
             "captions": [raw.captions for raw in raws],
-            "metadata": [{"key": raw.key, **raw.metadata} for raw in raws],
+            "metadata": [{**raw.metadata, "key": raw.key} for raw in raws],
             "sample_index": torch.tensor(kept, dtype=torch.int64),
             "bad_samples": bad_samples,
         }

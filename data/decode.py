@@ -3,19 +3,27 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.errors import BadSample, DataError
+from data.image_file import read_image_file
 
 __all__ = ["DEFAULT_MAX_PIXELS", "EncodedImage", "check_max_pixels", "open_image"]
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 DEFAULT_MAX_PIXELS = 89_478_485
 """A quarter gibibyte of RGB, the size from which Pillow itself warns."""
 
 _PILLOW_HARD_LIMIT = 2 * DEFAULT_MAX_PIXELS
 _MAX_JPEG_SHRINK = 8
-_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 
 
@@ -26,10 +34,9 @@ class EncodedImage:
         size: (width, height) after EXIF rotation, the coordinates of every crop box.
     """
 
-    def __init__(self, image: Image.Image):
+    def __init__(self, image: Image.Image, orientation: int = 1):
         self._image = image
-        # Parsing EXIF costs more than decoding a small picture: only read it where the header announces it.
-        self._orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+        self._orientation = orientation
         width, height = image.size
         self.size = (height, width) if self._orientation in _TRANSPOSED_ORIENTATIONS else (width, height)
 
@@ -49,8 +56,9 @@ class EncodedImage:
                 width, height = self._image.size
                 self._image.draft("RGB", (max(1, width // factor), max(1, height // factor)))
             self._image.load()
-            upright = ImageOps.exif_transpose(self._image) if self._orientation != 1 else self._image
-            return _to_rgb(upright)
+            # Colours first: a palette picture turned round would lose its transparency.
+            image = _to_rgb(self._image)
+            return image.transpose(_UPRIGHT[self._orientation]) if self._orientation in _UPRIGHT else image
         except Exception as error:  # any parser error: see open_image
             raise BadSample(_reason("damaged image", error)) from error
 
@@ -65,15 +73,18 @@ def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImag
     Raises:
         BadSample: not a picture of these formats, or too large.
     """
+    file = read_image_file(data)
+    width, height = file.size
+    if width * height > max_pixels:
+        raise BadSample(f"image of {width} x {height} pixels is above the limit of {max_pixels} pixels")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height <= max_pixels:
-            return EncodedImage(image)
+        image = Image.open(io.BytesIO(file.data), formats=(file.kind,))
     except Exception as error:
         # Damaged files raise nearly every exception class out of the parsers; none of them may end a run of weeks.
         raise BadSample(_reason("unreadable image header", error)) from error
-    raise BadSample(f"image of {width} x {height} pixels is above the limit of {max_pixels} pixels")
+    if image.size != file.size:
+        raise BadSample(f"unreadable image header: {image.size} and {file.size} pixels")
+    return EncodedImage(image, file.orientation)
 
 
 def check_max_pixels(max_pixels: int) -> None:
@@ -92,9 +103,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         # Without a background the hidden colour under transparent pixels, often black, would show.
-        layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, "white")
-        image = Image.alpha_composite(background, layer)
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer)
     return image.convert("RGB")
 
 

@@ -14,6 +14,7 @@ __all__ = ["Eda", "load_synonyms"]
 logger = logging.getLogger(__name__)
 
 DELETION_PROBABILITY = 0.1
+_MAX_TABLE_BYTES = 64 << 20
 _PUNCTUATION = ".,;:!?\"'()[]{}"
 _STOPWORD_LIST = """
     a about above after again all also am an and any are as at be because been before being below between both but by
@@ -84,9 +85,11 @@ def load_synonyms(path: Path | str) -> dict[str, list[str]]:
     path = Path(path)
     expected = 'expected JSON {"word": ["synonym", ...]} or lines of tab-separated words'
     try:
+        if path.stat().st_size > _MAX_TABLE_BYTES:
+            raise ValueError(f"more than {_MAX_TABLE_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
         rows = _json_rows(text) if path.suffix == ".json" else _tsv_rows(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"synonym table {path} cannot be read ({error}); {expected}") from error
     table: dict[str, list[str]] = {}
     for word, synonyms in rows:

@@ -1,5 +1,14 @@
 """Errors of the data package."""
 
+_MAX_REASON_CHARS = 300
+_MAX_MESSAGE_CHARS = 1500
+
+
+def printable(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
+    """Returns text as one line of bounded length without control characters: names and values may hold anything."""
+    text = text[:max_chars]
+    return text if text.isprintable() else repr(text)[1:-1][:max_chars]
+
 
 class DataError(ValueError):
     """A mistake in the data or its configuration that the user can fix.
@@ -7,14 +16,17 @@ class DataError(ValueError):
     The message is one line: what was given, what was expected, and the fix.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 class BadSample(Exception):
     """One sample that cannot be used; the loader replaces it and goes on.
 
     Args:
-        reason: One line that says what is wrong with the sample.
+        reason: What is wrong with the sample; made one short line.
     """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = printable(reason, _MAX_REASON_CHARS)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from data.cache import atomic_path, cache_dir
-from data.errors import DataError
+from data.errors import DataError, printable
 from data.remote import FetchError, RemoteCache, display_name
 from data.shard_index import ShardIndex, ShardMeta, load_meta, scan_stream
 from data.sources import Source, is_remote, parse_sources
@@ -43,7 +44,9 @@ class IndexedSource:
         weight: See `data.sources.Source`.
         counts: int64 [shards], usable samples of each shard.
         sizes: int64 [shards], bytes of each shard.
-        num_excluded: Samples that lack an image or a caption, over all shards.
+        num_excluded: Samples that lack what is needed, over all shards.
+        captions: Whether every sample needs a caption (training); else a class label will do.
+        num_uncaptioned: Samples among the usable ones that have a label only.
     """
 
     name: str
@@ -52,6 +55,8 @@ class IndexedSource:
     counts: np.ndarray
     sizes: np.ndarray
     num_excluded: int = 0
+    captions: bool = True
+    num_uncaptioned: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -121,7 +126,8 @@ class IndexStore:
         if found is not None:
             return found
         index = self.load(shard)
-        return ShardMeta(index.file_size, index.mtime_ns, index.num_samples, len(index.excluded))
+        captioned = int(index.captioned.sum())
+        return ShardMeta(index.file_size, index.mtime_ns, index.num_samples, len(index.excluded), captioned)
 
     def _cached_path(self, shard: str, file_size: int, mtime_ns: int) -> Path:
         identity = shard if is_remote(shard) else f"{Path(shard).absolute()}\n{file_size}\n{mtime_ns}"
@@ -147,7 +153,9 @@ class IndexStore:
         try:
             content = None if shard.startswith("pipe:") else self.remote.fetch_bytes(sidecar_url(shard))
             if content is not None:
-                return ShardIndex.load(io.BytesIO(content))
+                # A server may answer anything where there is no index.
+                with suppress(DataError):
+                    return ShardIndex.load(io.BytesIO(content))
             with self.remote.open(shard) as stream:
                 return scan_stream(stream, os.fstat(stream.fileno()).st_size, name=display_name(shard))
         except FetchError as error:
@@ -241,34 +249,43 @@ def index_shards(
     _in_threads(work, shards[rank::world_size])
 
 
-def load_sources(sources: Sequence[Source], store: IndexStore | None = None) -> list[IndexedSource]:
+def load_sources(
+    sources: Sequence[Source], store: IndexStore | None = None, *, captions: bool = True
+) -> list[IndexedSource]:
     """Collects the totals of every shard; what has no index yet is scanned.
 
     Args:
         sources: From `data.sources.parse_sources`.
         store: Where indexes are kept; default: the cache folder of the project.
+        captions: False also takes samples that have a class label but no caption, for evaluation.
 
     Raises:
         DataError: For the first shard that cannot be used.
     """
     store = store or IndexStore.create()
-    return [_load_source(source, store) for source in sources]
+    return [_load_source(source, store, captions) for source in sources]
 
 
-def _load_source(source: Source, store: IndexStore) -> IndexedSource:
-    totals = _load_totals(source.shards, store)
+def _load_source(source: Source, store: IndexStore, captions: bool) -> IndexedSource:
+    counts, sizes, excluded, captioned = _load_totals(source.shards, store).T
+    if captions and not captioned.all():
+        shard = source.shards[int(np.argmin(captioned))]
+        raise DataError(f"{display_name(shard)}: no sample has a caption, only class labels; training needs KEY.txt")
+    uncaptioned = int((counts - captioned).sum())
     return IndexedSource(
         name=source.name,
         shards=source.shards,
         weight=source.weight,
-        counts=totals[:, 0],
-        sizes=totals[:, 1],
-        num_excluded=int(totals[:, 2].sum()),
+        counts=captioned if captions else counts,
+        sizes=sizes,
+        num_excluded=int(excluded.sum()) + (uncaptioned if captions else 0),
+        captions=captions,
+        num_uncaptioned=0 if captions else uncaptioned,
     )
 
 
 def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
-    """Returns int64 [shards, 3]: samples, bytes, excluded samples."""
+    """Returns int64 [shards, 4]: samples, bytes, excluded samples, samples with captions."""
     if len(shards) < _SUMMARY_FROM:
         return _totals_one_by_one(shards, store)
     # A stat per shard is some ten times cheaper than opening its index, above all on a network file system.
@@ -277,7 +294,7 @@ def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
     path = store.cache / "index" / "summaries" / f"{digest.hexdigest()[:32]}.npy"
     try:
         totals = np.load(path, allow_pickle=False)
-        if totals.shape == (len(shards), 3) and totals.dtype == np.int64:
+        if totals.shape == (len(shards), 4) and totals.dtype == np.int64:
             return totals
     except (OSError, ValueError, EOFError):
         pass
@@ -289,8 +306,8 @@ def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
 
 def _totals_one_by_one(shards: Sequence[str], store: IndexStore) -> np.ndarray:
     metas = _in_threads(store.load_meta, shards)
-    rows = [(meta.num_samples, meta.file_size, meta.num_excluded) for meta in metas]
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+    rows = [(meta.num_samples, meta.file_size, meta.num_excluded, meta.num_captioned) for meta in metas]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -329,10 +346,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         (source,) = parse_sources(arguments.shards)
         samples, excluded = 0, 0
         for shard, index in _in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
-            print(f"{display_name(shard)}: {index.num_samples} samples, {len(index.excluded)} excluded")
-            samples, excluded = samples + index.num_samples, excluded + len(index.excluded)
-            for key, reason in index.excluded if arguments.excluded else ():
-                print(f"  excluded {key}: {reason}")
+            usable, labels = index.with_captions(), int((~index.captioned).sum())
+            only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
+            print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
+            samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)
+            for key, reason in usable.excluded if arguments.excluded else ():
+                print(f"  excluded {printable(key)}: {reason}")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.errors import BadSample, DataError
 from data.index import IndexedSource, IndexStore
-from data.records import caption_list, parse_json
+from data.records import MAX_JSON_BYTES, caption_list, parse_json
 from data.remote import FetchError, display_name
 from data.shard_index import CAPTION, CLS, IMAGE, JSON, ROLES, ShardIndex
 from data.sources import is_remote
@@ -19,6 +19,7 @@ from data.tar_reader import read_members
 
 _MAX_OPEN_FILES = 64
 _MAX_INDEX_BYTES = 128 << 20
+_MAX_LABEL_BYTES = 80
 # How often a shard in use is marked as recently used in the remote cache.
 _TOUCH_EVERY_S = 20.0
 
@@ -35,7 +36,7 @@ class ReadLimits:
 
     max_image_bytes: int = 64 << 20
     max_caption_bytes: int = 1 << 20
-    max_json_bytes: int = 16 << 20
+    max_json_bytes: int = MAX_JSON_BYTES
 
     def for_role(self, role: int) -> int:
         """Returns the limit of a member role of `data.shard_index`."""
@@ -50,7 +51,7 @@ class RawSample:
         shard: Shard name for records.
         key: Key in the shard.
         image: Stored image.
-        captions: At least one.
+        captions: At least one; none for a sample with a class label only.
         metadata: Content of the `.json` member, and the integer or text of the `.cls` member as "cls".
     """
 
@@ -139,7 +140,9 @@ class SampleReader:
             extents.append(extent)
         members = dict(zip(roles, self._read(shard, index, extents), strict=True))
         metadata = parse_json(members[JSON]) if JSON in members else {}
-        captions = caption_list(members.get(CAPTION), metadata)
+        captions = []
+        if index.captioned[row]:
+            captions = caption_list(members.get(CAPTION), metadata, by_line=not self._sources[source].captions)
         if CLS in members:
             metadata = {**metadata, "cls": _class_label(members[CLS])}
         return RawSample(display_name(shard), index.key(row), members[IMAGE], captions, metadata)
@@ -160,6 +163,8 @@ class SampleReader:
             index = self._store.load(shard)
         except DataError as error:
             raise BadSample(str(error)) from None
+        if self._sources[source].captions:
+            index = index.with_captions()
         if index.num_samples != self._sources[source].counts[number]:
             raise BadSample(f"the shard has {index.num_samples} samples now, other than at the start of the run")
         self._indexes[shard] = index
@@ -205,8 +210,8 @@ class SampleReader:
 
 
 def _class_label(payload: bytes) -> int | str:
-    text = payload.decode("utf-8", "replace").strip()
+    text = payload[:_MAX_LABEL_BYTES].decode("utf-8", "replace").strip()
     try:
-        return int(text)
+        return int(text) if len(payload) <= _MAX_LABEL_BYTES else text
     except ValueError:
         return text

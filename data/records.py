@@ -5,6 +5,9 @@ from typing import Any
 
 from data.errors import BadSample
 
+# Parsed, a megabyte of the worst JSON takes 24.
+MAX_JSON_BYTES = 4 << 20
+
 
 def parse_json(payload: bytes) -> dict[str, Any]:
     """Returns the object in a `.json` member.
@@ -24,7 +27,7 @@ def parse_json(payload: bytes) -> dict[str, Any]:
     return record
 
 
-def caption_list(text: bytes | None, record: dict[str, Any] | None) -> list[str]:
+def caption_list(text: bytes | None, record: dict[str, Any] | None, *, by_line: bool = False) -> list[str]:
     """Returns the captions of a sample, blank ones left out.
 
     A `captions` list in the JSON wins, because it usually holds the text of the `.txt` member and more; then the `.txt`
@@ -33,6 +36,7 @@ def caption_list(text: bytes | None, record: dict[str, Any] | None) -> list[str]
     Args:
         text: Content of the `.txt` member, if there is one.
         record: Content of the `.json` member, if there is one.
+        by_line: Whether each line of the `.txt` member is a caption of its own, as in CLIP_benchmark's retrieval sets.
 
     Returns:
         At least one caption.
@@ -42,17 +46,19 @@ def caption_list(text: bytes | None, record: dict[str, Any] | None) -> list[str]
     """
     record = record or {}
     listed = record.get("captions")
-    found = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
-    found = [entry.strip() for entry in found if entry.strip()]
-    if found:
-        return found
-    if text is not None:
+    found = _not_blank(listed) if isinstance(listed, list) else []
+    if not found and text is not None:
         try:
-            found = [text.decode("utf-8-sig").strip()]
+            decoded = text.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BadSample("the caption is not UTF-8") from None
-    if not any(found) and isinstance(record.get("caption"), str):
-        found = [record["caption"].strip()]
-    if not any(found):
+        found = _not_blank(decoded.splitlines() if by_line else [decoded])
+    found = found or _not_blank([record.get("caption")])
+    if not found:
         raise BadSample("the caption is empty" if text is not None else "no caption")
     return found
+
+
+def _not_blank(captions: list[Any]) -> list[str]:
+    stripped = (caption.strip() for caption in captions if isinstance(caption, str))
+    return [caption for caption in stripped if caption]

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import os
 import random
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -18,14 +17,16 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
 from data.cache import atomic_path
-from data.errors import DataError
+from data.errors import DataError, printable
 
 DEFAULT_CACHE_BYTES = 100 << 30
+MAX_FILE_BYTES = 64 << 30
+MAX_SMALL_FILE_BYTES = 256 << 20
 _CHUNK = 1 << 20
 _LOCK_FILES = 1024
 _PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410, 451})
@@ -33,6 +34,12 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _REMEMBER_FAILURE_S = 120.0
 _ABANDONED_S = 6 * 3600.0
 _MAX_BACKOFF_S = 30.0
+# A server that sends less than this over a whole `timeout_s` is taken for dead.
+_MIN_BYTES_PER_S = 1024
+# What fsspec may be asked for; its other schemes reach into local files, archives and chains of them.
+_SCHEMES = frozenset(
+    {"s3", "s3a", "gs", "gcs", "hf", "abfs", "abfss", "az", "adl", "oss", "oci", "hdfs", "webhdfs", "sftp", "memory"}
+)
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 
 
@@ -40,14 +47,14 @@ class FetchError(Exception):
     """A remote file could not be fetched.
 
     Args:
-        reason: One line.
+        reason: Made one line.
         permanent: Whether trying again is pointless.
         absent: Whether the server says that there is no such file.
     """
 
     def __init__(self, reason: str, *, permanent: bool = False, absent: bool = False) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = printable(reason)
         self.permanent = permanent
         self.absent = absent
 
@@ -59,9 +66,12 @@ def display_name(shard: str) -> str:
         shard: Path, URL or `pipe:` command.
     """
     if shard.startswith("pipe:") or "://" not in shard:
-        return shard
-    parts = urllib.parse.urlsplit(shard)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        return printable(shard)
+    try:
+        parts = urllib.parse.urlsplit(shard)
+    except ValueError:
+        return printable(shard.partition("?")[0].rpartition("@")[2])
+    return printable(urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")))
 
 
 @dataclass
@@ -71,6 +81,7 @@ class RemoteCache:
     Args:
         folder: Where the files go; created when first used.
         max_bytes: Total size that is kept; one file larger than that is still fetched.
+        max_file_bytes: Largest file that is fetched.
         allow_pipe: Whether `pipe:COMMAND` shards may run their shell command.
         attempts: How often a fetch is tried, with growing pauses.
         timeout_s: Longest silence of a server.
@@ -79,6 +90,7 @@ class RemoteCache:
 
     folder: Path
     max_bytes: int = DEFAULT_CACHE_BYTES
+    max_file_bytes: int = MAX_FILE_BYTES
     allow_pipe: bool = False
     attempts: int = 5
     timeout_s: float = 60.0
@@ -87,7 +99,7 @@ class RemoteCache:
 
     def path(self, url: str) -> Path:
         """Returns where a URL is kept, fetched or not."""
-        digest = hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+        digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
         return self.folder / f"{digest}.shard"
 
     def fetch(self, url: str) -> Path:
@@ -113,7 +125,7 @@ class RemoteCache:
         with self._lock(path.stem):
             if not _touch(path):
                 try:
-                    self._fetch_with_retries(url, path)
+                    self._fetch_with_retries(url, path, self.max_file_bytes)
                 except FetchError as failure:
                     self._failed[url] = time.monotonic(), failure
                     raise
@@ -156,7 +168,7 @@ class RemoteCache:
         """
         with atomic_path(self.folder / "small.bin") as temporary:
             try:
-                self._try_repeatedly(url, temporary)
+                self._try_repeatedly(url, temporary, min(MAX_SMALL_FILE_BYTES, self.max_file_bytes))
             except FetchError as error:
                 if error.absent:
                     return None
@@ -169,20 +181,20 @@ class RemoteCache:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{int(stem, 16) % _LOCK_FILES:04d}.lock")
 
-    def _fetch_with_retries(self, url: str, path: Path) -> None:
+    def _fetch_with_retries(self, url: str, path: Path, limit: int) -> None:
         try:
             with atomic_path(path) as temporary:
-                self._try_repeatedly(url, temporary)
+                self._try_repeatedly(url, temporary, limit)
         except OSError as error:
             raise DataError(
                 f"{display_name(url)} cannot be stored in {self.folder} ({error.strerror}); free some space or choose "
                 "another cache folder with DECLIP_CACHE"
             ) from None
 
-    def _try_repeatedly(self, url: str, target: Path) -> None:
+    def _try_repeatedly(self, url: str, target: Path, limit: int) -> None:
         for attempt in range(self.attempts):
             try:
-                self._download(url, target)
+                self._download(url, target, limit)
                 return
             except FetchError as error:
                 if error.permanent or attempt + 1 == self.attempts:
@@ -191,45 +203,55 @@ class RemoteCache:
             # Many ranks that lost the same server should not come back in the same instant.
             time.sleep(pause * (0.5 + random.random() / 2))
 
-    def _download(self, url: str, target: Path) -> None:
+    def _download(self, url: str, target: Path, limit: int) -> None:
         scheme = url.partition(":")[0].lower()
         if scheme == "pipe":
-            self._run_pipe(url.removeprefix("pipe:"), target)
+            self._run_pipe(url.partition(":")[2], target, limit)
         elif scheme in ("http", "https"):
-            self._download_http(url, target)
+            self._download_http(url, target, limit)
         else:
-            _download_fsspec(url, scheme, target)
+            _download_fsspec(url, scheme, target, limit)
 
-    def _run_pipe(self, command: str, target: Path) -> None:
+    def _run_pipe(self, command: str, target: Path, limit: int) -> None:
         if not self.allow_pipe:
             raise DataError(
-                f"the shard 'pipe:{command}' would run a shell command; set data.allow_pipe true if you trust it"
+                f"the shard 'pipe:{printable(command)}' would run a shell command; set data.allow_pipe true if you "
+                "trust it"
             )
-        with target.open("wb") as output:
-            status = subprocess.run(
-                command, shell=True, stdout=output, stdin=subprocess.DEVNULL, check=False
-            ).returncode
-        if status:
-            raise FetchError(f"the command {command!r} ended with status {status}")
+        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+            try:
+                _copy(process.stdout, target, limit, f"the command {command!r}")
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise FetchError(f"the command {command!r} ended with status {process.returncode}")
 
-    def _download_http(self, url: str, target: Path) -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "declip-trainer"})
+    def _download_http(self, url: str, target: Path, limit: int) -> None:
+        name = display_name(url)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                expected = response.headers.get("Content-Length")
-                written = _copy(response, target)
+            request = urllib.request.Request(url, headers={"User-Agent": "declip-trainer"})
+            opener = urllib.request.build_opener(_SafeRedirects)
+            with opener.open(request, timeout=self.timeout_s) as response:
+                announced = response.headers.get("Content-Length", "")
+                expected = int(announced) if announced.isdecimal() and len(announced) < 20 else None
+                if expected is not None and expected > limit:
+                    raise _too_large(name, limit)
+                written = _copy(response, target, limit, name, self.timeout_s)
         except urllib.error.HTTPError as error:
             raise FetchError(
-                f"{display_name(url)}: HTTP status {error.code}",
+                f"{name}: HTTP status {error.code}",
                 permanent=error.code in _PERMANENT_STATUS,
                 absent=error.code in (403, 404, 410),
             ) from None
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in _DISK_ERRORS:
                 raise
-            raise FetchError(f"{display_name(url)}: {error or type(error).__name__}") from None
-        if expected is not None and int(expected) != written:
-            raise FetchError(f"{display_name(url)}: got {written} of {expected} bytes")
+            raise FetchError(f"{name}: {error or type(error).__name__}") from None
+        except ValueError as error:
+            raise FetchError(f"{name}: not a URL that can be fetched ({error})", permanent=True) from None
+        if expected is not None and expected != written:
+            raise FetchError(f"{name}: got {written} of {expected} bytes")
 
     def _evict(self, keep: Path) -> None:
         with FileLock(self.folder / "locks" / "evict.lock"):
@@ -259,36 +281,66 @@ def _touch(path: Path) -> bool:
     return True
 
 
-def _copy(source: BinaryIO, target: Path) -> int:
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects from http to http(s) and from https to https: never to files, ftp or a less safe channel."""
+
+    def redirect_request(self, request: Any, stream: Any, code: int, message: str, headers: Any, target: str) -> Any:
+        scheme = urllib.parse.urlsplit(target).scheme.lower()
+        if scheme != "https" and scheme != request.type:
+            raise FetchError(f"{display_name(request.full_url)}: redirected to {display_name(target)}", permanent=True)
+        return super().redirect_request(request, stream, code, message, headers, target)
+
+
+def _too_large(name: str, limit: int) -> FetchError:
+    return FetchError(f"{name}: more than {limit} bytes, the largest file that is fetched", permanent=True)
+
+
+def _copy(source: BinaryIO, target: Path, limit: int, name: str, timeout_s: float | None = None) -> int:
+    """Copies a stream into a file and returns its bytes, within a size and, with a timeout, above a lowest rate."""
+    # One arrival at a time where possible: waiting for a whole chunk would hide a server that sends drops.
+    read = getattr(source, "read1", source.read)
+    written, since, at_since = 0, time.monotonic(), 0
     with target.open("wb") as output:
-        shutil.copyfileobj(source, output, _CHUNK)
-        return output.tell()
+        while piece := read(_CHUNK):
+            written += len(piece)
+            if written > limit:
+                raise _too_large(name, limit)
+            output.write(piece)
+            now = time.monotonic()
+            if timeout_s is not None and now - since > timeout_s:
+                if written - at_since < timeout_s * _MIN_BYTES_PER_S:
+                    raise FetchError(f"{name}: {written - at_since} bytes in {now - since:.0f} s")
+                since, at_since = now, written
+    return written
 
 
-def _download_fsspec(url: str, scheme: str, target: Path) -> None:
+def _download_fsspec(url: str, scheme: str, target: Path, limit: int) -> None:
+    name = display_name(url)
+    if scheme not in _SCHEMES:
+        raise DataError(f"{name}: {scheme!r} URLs are not read; use a path, http(s), {', '.join(sorted(_SCHEMES))}")
     try:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError:
         package = _PACKAGES.get(scheme, "fsspec")
-        raise DataError(
-            f"{display_name(url)}: {scheme} URLs need the package {package}; pip install {package}"
-        ) from None
+        raise DataError(f"{name}: {scheme} URLs need the package {package}; pip install {package}") from None
     except ValueError as error:
-        raise DataError(f"{display_name(url)}: {error}; use a path, http(s), s3, gs or hf URL") from None
+        raise DataError(f"{name}: {printable(str(error))}; use a path, http(s), s3, gs or hf URL") from None
     try:
         expected = filesystem.info(path).get("size")
         with filesystem.open(path, "rb") as source:
-            written = _copy(source, target)
+            written = _copy(source, target, limit, name)
+    except FetchError:
+        raise
     except FileNotFoundError:
-        raise FetchError(f"{display_name(url)}: no such file", permanent=True, absent=True) from None
+        raise FetchError(f"{name}: no such file", permanent=True, absent=True) from None
     except PermissionError as error:
-        raise FetchError(f"{display_name(url)}: {error}", permanent=True) from None
+        raise FetchError(f"{name}: {error}", permanent=True) from None
     except Exception as error:
         if getattr(error, "errno", None) in _DISK_ERRORS:
             raise
         # Storage back ends raise exceptions of their own client libraries.
-        raise FetchError(f"{display_name(url)}: {type(error).__name__}: {error}") from None
+        raise FetchError(f"{name}: {type(error).__name__}: {error}") from None
     if expected is not None and expected != written:
-        raise FetchError(f"{display_name(url)}: got {written} of {expected} bytes")
+        raise FetchError(f"{name}: got {written} of {expected} bytes")

@@ -1,16 +1,15 @@
 """The index of one shard: which samples a WebDataset tar holds and where their members lie."""
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from data.cache import atomic_path
-from data.errors import BadSample, DataError
-from data.records import caption_list, parse_json
+from data.errors import BadSample, DataError, printable
+from data.index_file import read_arrays, unreadable, write_arrays
+from data.records import MAX_JSON_BYTES, caption_list, parse_json
 from data.tar_reader import BLOCK, TarError, TarMember, scan_members
 
 ROLES = ("image", "caption", "json", "cls")
@@ -18,29 +17,39 @@ IMAGE, CAPTION, JSON, CLS = range(4)
 # Earlier ones win where a sample has several images.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ROLE_OF_EXTENSION = {**dict.fromkeys(IMAGE_EXTENSIONS, IMAGE), "txt": CAPTION, "json": JSON, "cls": CLS}
-_FORMAT = 1
-_MAX_SCANNED_JSON = 16 << 20
-_UNREADABLE = (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile)
+_FORMAT = 2
+_ARRAYS = {
+    "meta": "<i8",
+    "offset_blocks": "<u4",
+    "sizes": "<u4",
+    "captioned": "|b1",
+    "key_bytes": "|u1",
+    "key_ends": "<i8",
+    "excluded": "|u1",
+}
+_NO_CAPTION = "no caption"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Samples of one shard, in the order of their first member.
+    """Samples of one shard, in the order of their first member: an image, and a caption or a class label.
 
     Args:
         file_size: Bytes of the shard.
         mtime_ns: Modification time of a local shard, 0 for a remote one.
         offset_blocks: uint32 [n, 4], payload position in 512-byte blocks for each role; 0 = no such member.
         sizes: uint32 [n, 4], payload bytes.
+        captioned: bool [n], whether there is a caption; samples without one serve evaluation only.
         key_bytes: uint8 [m], keys one after the other, UTF-8 with surrogate escapes.
         key_ends: int64 [n], end of each key in `key_bytes`.
-        excluded: (key, reason) of samples that lack an image or a caption.
+        excluded: (key, reason) of samples that lack an image, or both a caption and a label.
     """
 
     file_size: int
     mtime_ns: int
     offset_blocks: np.ndarray
     sizes: np.ndarray
+    captioned: np.ndarray
     key_bytes: np.ndarray
     key_ends: np.ndarray
     excluded: tuple[tuple[str, str], ...]
@@ -53,7 +62,8 @@ class ShardIndex:
     @property
     def num_bytes(self) -> int:
         """Memory the arrays take."""
-        return self.offset_blocks.nbytes + self.sizes.nbytes + self.key_bytes.nbytes + self.key_ends.nbytes
+        arrays = (self.offset_blocks, self.sizes, self.captioned, self.key_bytes, self.key_ends)
+        return sum(array.nbytes for array in arrays)
 
     def key(self, row: int) -> str:
         """Returns the key of a sample."""
@@ -65,45 +75,47 @@ class ShardIndex:
         block = int(self.offset_blocks[row, role])
         return (block * BLOCK, int(self.sizes[row, role])) if block else None
 
+    def with_captions(self) -> "ShardIndex":
+        """Returns the index of the samples that have a caption; the others are excluded."""
+        if self.captioned.all():
+            return self
+        rows = np.flatnonzero(self.captioned)
+        keys = [self.key(int(row)).encode("utf-8", "surrogateescape") for row in rows]
+        return ShardIndex(
+            file_size=self.file_size,
+            mtime_ns=self.mtime_ns,
+            offset_blocks=self.offset_blocks[rows],
+            sizes=self.sizes[rows],
+            captioned=self.captioned[rows],
+            key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
+            key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+            excluded=(*self.excluded, *((self.key(int(row)), _NO_CAPTION) for row in np.flatnonzero(~self.captioned))),
+        )
+
     def save(self, path: Path) -> None:
         """Writes the index, atomically."""
-        excluded = np.frombuffer(json.dumps(self.excluded).encode(), dtype=np.uint8)
-        meta = np.array([_FORMAT, self.file_size, self.mtime_ns, self.num_samples, len(self.excluded)], dtype=np.int64)
-        with atomic_path(path) as temporary:
-            np.savez(
-                temporary,
-                meta=meta,
-                offset_blocks=self.offset_blocks,
-                sizes=self.sizes,
-                key_bytes=self.key_bytes,
-                key_ends=self.key_ends,
-                excluded=excluded,
-            )
+        totals = (self.num_samples, len(self.excluded), int(self.captioned.sum()))
+        arrays = {
+            "meta": np.array([_FORMAT, self.file_size, self.mtime_ns, *totals], dtype=np.int64),
+            "excluded": np.frombuffer(json.dumps(self.excluded).encode(), dtype=np.uint8),
+        }
+        write_arrays(path, arrays | {name: getattr(self, name) for name in _ARRAYS if name not in arrays})
 
     @staticmethod
     def load(path: Path | BinaryIO) -> "ShardIndex":
         """Reads an index.
 
         Raises:
-            DataError: If the file is damaged or of another format.
+            DataError: If the file is damaged, of another format, or contradicts itself.
         """
+        arrays = read_arrays(path, _ARRAYS)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                meta = _checked_meta(arrays["meta"])
-                index = ShardIndex(
-                    file_size=meta.file_size,
-                    mtime_ns=meta.mtime_ns,
-                    offset_blocks=arrays["offset_blocks"],
-                    sizes=arrays["sizes"],
-                    key_bytes=arrays["key_bytes"],
-                    key_ends=arrays["key_ends"],
-                    excluded=tuple((key, reason) for key, reason in json.loads(arrays["excluded"].tobytes())),
-                )
-        except _UNREADABLE as error:
-            raise DataError(f"{path}: not a readable shard index ({error}); delete it") from None
-        shape = (meta.num_samples, len(ROLES))
-        if index.offset_blocks.shape != shape or index.sizes.shape != shape or len(index.key_ends) != shape[0]:
-            raise DataError(f"{path}: not a readable shard index (its arrays do not fit together); delete it")
+            meta = _checked_meta(arrays.pop("meta"))
+            excluded = tuple((str(key), str(reason)) for key, reason in json.loads(arrays.pop("excluded").tobytes()))
+            index = ShardIndex(file_size=meta.file_size, mtime_ns=meta.mtime_ns, excluded=excluded, **arrays)
+            _check_arrays(index, meta)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise unreadable(path, str(error)) from None
         return index
 
 
@@ -114,14 +126,16 @@ class ShardMeta:
     Args:
         file_size: Bytes of the shard.
         mtime_ns: Modification time of a local shard, 0 for a remote one.
-        num_samples: Usable samples.
-        num_excluded: Samples without an image or a caption.
+        num_samples: Samples with an image and a caption or a label.
+        num_excluded: The others.
+        num_captioned: Samples with an image and a caption.
     """
 
     file_size: int
     mtime_ns: int
     num_samples: int
     num_excluded: int
+    num_captioned: int
 
 
 def load_meta(path: Path) -> ShardMeta:
@@ -131,16 +145,41 @@ def load_meta(path: Path) -> ShardMeta:
         DataError: If the file is damaged or of another format.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return _checked_meta(arrays["meta"])
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: not a readable shard index ({error}); delete it") from None
+        return _checked_meta(read_arrays(path, {"meta": _ARRAYS["meta"]})["meta"])
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise unreadable(path, str(error)) from None
 
 
 def _checked_meta(values: np.ndarray) -> ShardMeta:
-    if values.shape != (5,) or values[0] != _FORMAT:
+    if values.shape != (6,) or values[0] != _FORMAT:
         raise ValueError("another format version")
-    return ShardMeta(*(int(value) for value in values[1:]))
+    meta = ShardMeta(*(int(value) for value in values[1:]))
+    # An image takes two blocks at least, any other member one.
+    fits = 0 < meta.num_samples <= meta.file_size // (2 * BLOCK) and 0 <= meta.num_captioned <= meta.num_samples
+    if not fits or not 0 <= meta.num_excluded <= meta.file_size // BLOCK:
+        raise ValueError("more samples than its shard has room for")
+    return meta
+
+
+def _check_arrays(index: ShardIndex, meta: ShardMeta) -> None:
+    shape = (meta.num_samples, len(ROLES))
+    if index.offset_blocks.shape != shape or index.sizes.shape != shape:
+        raise ValueError("its arrays do not fit together")
+    if index.captioned.shape != shape[:1] or int(index.captioned.sum()) != meta.num_captioned:
+        raise ValueError("its arrays do not fit together")
+    if index.key_ends.shape != shape[:1] or index.key_bytes.ndim != 1 or len(index.excluded) != meta.num_excluded:
+        raise ValueError("its arrays do not fit together")
+    if (np.diff(index.key_ends, prepend=0) < 0).any() or index.key_ends[-1] != len(index.key_bytes):
+        raise ValueError("its keys overlap")
+    present = index.offset_blocks > 0
+    texts = present[:, CAPTION] | present[:, JSON]
+    if not (present[:, IMAGE] & np.where(index.captioned, texts, present[:, CLS])).all():
+        raise ValueError("a sample without its members")
+    ends = index.offset_blocks.astype(np.int64) * BLOCK + index.sizes
+    if (ends[present] > index.file_size).any():
+        raise ValueError("a member behind the end of the shard")
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
@@ -191,21 +230,24 @@ class _Collector:
                 return
         row[role] = member
 
-    def reason_to_exclude(self, key: str, stream: BinaryIO) -> str | None:
-        """Says why a sample cannot be used, or None if it can."""
-        image, caption, record, _ = self.rows[key]
+    def lacks_image(self, key: str) -> str | None:
+        """Says what is wrong with the image of a sample, or None."""
+        image = self.rows[key][IMAGE]
         if image is None:
             return "its image is a link" if key in self.links else "no image"
-        if image.size == 0:
-            return "the image is empty"
+        return "the image is empty" if image.size == 0 else None
+
+    def lacks_caption(self, key: str, stream: BinaryIO) -> str | None:
+        """Says why a sample has no caption, or None if it has one."""
+        _, caption, record, _ = self.rows[key]
         if caption is not None and caption.size:
             return None
         if record is None and caption is not None:
             return "the caption is empty"
         if record is None:
-            return "its caption is a link" if key in self.links else "no caption"
-        if record.size > _MAX_SCANNED_JSON:
-            return f"the .json member has {record.size} bytes"
+            return "its caption is a link" if key in self.links else _NO_CAPTION
+        if record.size > MAX_JSON_BYTES:
+            return f"the .json member has {record.size} bytes, above the limit of {MAX_JSON_BYTES}"
         # Only here is a payload read: without a .txt member, a usable caption must be in the JSON.
         stream.seek(record.offset)
         try:
@@ -213,6 +255,11 @@ class _Collector:
         except BadSample as bad:
             return bad.reason
         return None
+
+    def is_labelled(self, key: str) -> bool:
+        """Whether a sample has a class label."""
+        label = self.rows[key][CLS]
+        return label is not None and label.size > 0
 
 
 def scan_stream(stream: BinaryIO, file_size: int, *, name: str, mtime_ns: int = 0) -> ShardIndex:
@@ -236,25 +283,28 @@ def scan_stream(stream: BinaryIO, file_size: int, *, name: str, mtime_ns: int = 
         raise DataError(f"{name}: found {error.reason}{last}; write or download the shard again") from None
     if not collector.rows:
         raise DataError(f"{name}: an archive without samples; expected members KEY.jpg and KEY.txt")
-    kept, excluded = [], []
+    kept, captioned, excluded = [], [], []
     for key in collector.rows:
-        reason = collector.reason_to_exclude(key, stream)
-        if reason is None:
+        reason = collector.lacks_image(key)
+        without_caption = reason or collector.lacks_caption(key, stream)
+        if without_caption is None or (reason is None and collector.is_labelled(key)):
             kept.append(key)
+            captioned.append(without_caption is None)
         else:
-            excluded.append((key, reason))
+            excluded.append((key, without_caption))
     if not kept:
-        found = ", ".join(sorted(collector.extensions)[:8])
+        found = ", ".join(printable(name[:16]) for name in sorted(collector.extensions)[:8])
         raise DataError(
             f"{name}: none of its {len(excluded)} samples has an image and a caption (the first: {excluded[0][1]}; "
             f"extensions found: {found}); expected KEY.{'|'.join(IMAGE_EXTENSIONS)} and KEY.txt"
         )
-    return _pack(collector.rows, kept, excluded, file_size=file_size, mtime_ns=mtime_ns, name=name)
+    return _pack(collector.rows, kept, captioned, excluded, file_size=file_size, mtime_ns=mtime_ns, name=name)
 
 
 def _pack(
     rows: dict[str, list[TarMember | None]],
     kept: list[str],
+    captioned: list[bool],
     excluded: list[tuple[str, str]],
     *,
     file_size: int,
@@ -272,6 +322,7 @@ def _pack(
         offset_blocks=np.array([[m.offset // BLOCK if m else 0 for m in row] for row in members], dtype=np.uint32),
         # Members of 4 GiB and more are refused when read, whatever their exact size.
         sizes=np.array([[min(m.size, limit) if m else 0 for m in row] for row in members], dtype=np.uint32),
+        captioned=np.array(captioned, dtype=bool),
         key_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
         excluded=tuple(excluded),

@@ -16,6 +16,7 @@ _MAX_SHARDS = 10_000_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 _GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_FILE_URL = re.compile(r"^file://", re.IGNORECASE)
 _DEFAULT_NAME = "train"
 
 
@@ -146,7 +147,9 @@ def expand_pattern(pattern: str, cache: Path | None = None) -> list[str]:
     """
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(f"a data source must be a path, pattern or URL, got {pattern!r}")
-    pattern = pattern.strip().removeprefix("file://")
+    pattern = _FILE_URL.sub("", pattern.strip())
+    if "\0" in pattern:
+        raise DataError(f"{pattern!r} is not the name of a file: it holds a NUL character")
     if "::" in pattern:
         raise DataError(f"{pattern!r}: sources are not joined by '::' here; write a YAML list or a weighted mapping")
     builtin = _builtin(pattern, cache)

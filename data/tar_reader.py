@@ -15,6 +15,11 @@ from data.errors import BadSample
 
 BLOCK = 512
 _MAX_EXTENDED_HEADER = 1 << 20
+# Linux opens no path longer than this.
+_MAX_NAME_BYTES = 4096
+# What an index takes in memory while it is made: some 400 bytes a member, and the names.
+_MEMBER_BYTES = 400
+_MAX_SCAN_BYTES = 2 << 30
 _REGULAR = b"07\0"
 _LINKS = b"12"
 _NO_PAYLOAD = b"123456"
@@ -157,7 +162,7 @@ def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
     """
     if file_size == 0:
         raise TarError("an empty file")
-    position = 0
+    position, room = 0, _MAX_SCAN_BYTES
     long_name: bytes | None = None
     pax: dict[str, bytes] = {}
     while position < file_size:
@@ -185,6 +190,11 @@ def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
             if kind == b"S" or any(key.startswith("GNU.sparse") for key in pax):
                 raise TarError(f"a sparse member at byte {position}; write the archive without --sparse")
             raw_name = pax.get("path", long_name if long_name is not None else _member_name(header))
+            if len(raw_name) > _MAX_NAME_BYTES:
+                raise TarError(f"a name of {len(raw_name)} bytes at byte {position}")
+            room -= _MEMBER_BYTES + len(raw_name)
+            if room < 0:
+                raise TarError(f"more members than an index may have, at byte {position} of {file_size}")
             # V7 archives mark folders by a trailing slash only.
             if kind in _LINKS or (kind in _REGULAR and not raw_name.endswith(b"/")):
                 yield TarMember(_decode(raw_name), payload_at, size, is_link=kind in _LINKS)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from losses.distributed import all_gather_rows, rank
-from losses.similarity import Block, BlockLosses, Plan
+from losses.similarity import BlockLosses
+from losses.tiles import Block, Plan
 
 DEFAULT_SLAB_BUDGET_BYTES = 128 * 2**20
 # Below 256 rows a CPU's matrix product loses speed, above it only memory grows; an accelerator wants large kernels.
@@ -112,7 +113,7 @@ def contrastive_terms(
         tile_rows=tile_rows or _default_tile_rows(gathered_text),
         slab_budget_bytes=slab_budget_bytes,
     )
-    extra_sums = torch.empty(0) if extra_sums is None else extra_sums
+    extra_sums = logit_scale.new_empty(0) if extra_sums is None else extra_sums
     losses, extra_sums = BlockLosses.apply(
         image_features,
         text_features,

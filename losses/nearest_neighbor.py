@@ -12,6 +12,8 @@ from losses.distributed import agree
 
 # Similarities of one chunk of queue rows against all queries, in bytes.
 _SEARCH_CHUNK_BYTES = 32 * 2**20
+# Places in `NearestNeighborQueue.counters`.
+_POINTER, _FILLED, _SKIPPED = range(3)
 
 
 class NearestNeighborQueue(nn.Module):
@@ -24,6 +26,9 @@ class NearestNeighborQueue(nn.Module):
 
     Order in a step: search first, enqueue last, so that no sample finds itself or its sibling view.
 
+    Neither waits for the device: a block that holds a value which is not finite is refused there, and counted. The
+    properties `pointer`, `filled` and `skipped_blocks` do wait: for logged steps and checkpoints.
+
     Args:
         size: Number of slots Q.
         dim: Width of a feature.
@@ -34,9 +39,7 @@ class NearestNeighborQueue(nn.Module):
 
     Attributes:
         rows: float32 [Q, dim]; moved with the module, never cast, not part of `state_dict` (see `state`).
-        pointer: Slot that the next row goes to.
-        filled: Slots that hold enqueued rows.
-        skipped_blocks: Enqueued blocks refused for holding a value that is not finite.
+        counters: int64 [3] on the same device: pointer, filled, skipped_blocks.
 
     Source: Li et al. (DeCLIP, 2022), nearest-neighbour supervision. Deviations: a wrapping block is split instead of
     truncated, and the queue can be global.
@@ -65,10 +68,10 @@ class NearestNeighborQueue(nn.Module):
         self.warmup = warmup
         self.enqueue_views = enqueue_views
         self.seed = seed
-        self.pointer = 0
-        self.filled = 0
-        self.skipped_blocks = 0
+        # At least `filled`, whose exact value only the device knows.
+        self._offered = 0
         self.register_buffer("rows", self._initial_rows(), persistent=False)
+        self.register_buffer("counters", torch.from_numpy(np.zeros(3, dtype=np.int64)), persistent=False)
 
     def _initial_rows(self) -> Tensor:
         # Engines that partition parameters patch torch's constructors to make half-precision tensors; numpy is safe.
@@ -85,14 +88,24 @@ class NearestNeighborQueue(nn.Module):
         return self
 
     @property
-    def searchable(self) -> int:
-        """Number of slots a search looks at; filled slots are always the lowest ones."""
-        return self.size if self.warmup == "random" else self.filled
+    def pointer(self) -> int:
+        """Slot that the next row goes to."""
+        return int(self.counters[_POINTER])
+
+    @property
+    def filled(self) -> int:
+        """Slots that hold enqueued rows; always the lowest ones."""
+        return int(self.counters[_FILLED])
+
+    @property
+    def skipped_blocks(self) -> int:
+        """Blocks refused by `enqueue`."""
+        return int(self.counters[_SKIPPED])
 
     @property
     def ready(self) -> bool:
-        """Whether there is anything to find."""
-        return self.searchable > 0
+        """Whether there may be anything to find; equal on all ranks, and known without waiting for the device."""
+        return self.warmup == "random" or self._offered > 0
 
     @torch.no_grad()
     def search(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +115,8 @@ class NearestNeighborQueue(nn.Module):
             text_features: [K, b, dim], unit length.
 
         Returns:
-            slots, int64 [K, b], and their cosine similarities, float32 [K, b].
+            slots, int64 [K, b], and their cosine similarities, float32 [K, b]. If all blocks so far were refused: slot
+            0, whose row is zero, and -inf.
 
         Raises:
             ValueError: The queue is still empty; ask `ready` first.
@@ -113,47 +127,55 @@ class NearestNeighborQueue(nn.Module):
         best = queries.new_full((queries.shape[0],), -torch.inf)
         slots = torch.zeros_like(best, dtype=torch.int64)
         chunk = max(1, _SEARCH_CHUNK_BYTES // (4 * max(1, queries.shape[0])))
+        searchable = self.size if self.warmup == "random" else self._offered
         with torch.autocast(queries.device.type, enabled=False):
-            for start in range(0, self.searchable, chunk):
-                cosine, slot = (queries @ self.rows[start : min(start + chunk, self.searchable)].t()).max(dim=1)
+            for start in range(0, searchable, chunk):
+                rows = self.rows[start : min(start + chunk, searchable)]
+                cosine, slot = torch.addmm(self._unfilled(start, len(rows)), queries, rows.t()).max(dim=1)
                 # Strictly greater: an equal row in a later chunk has a higher slot.
                 better = cosine > best
                 best = torch.where(better, cosine, best)
                 slots = torch.where(better, slot + start, slots)
         return slots.view(text_features.shape[:-1]), best.view(text_features.shape[:-1])
 
+    def _unfilled(self, start: int, count: int) -> Tensor:
+        """What to add to the similarities with `count` slots from `start`: -inf where nothing has been stored."""
+        offsets = self.rows.new_zeros(count)
+        if self.warmup == "random":
+            return offsets
+        slots = torch.arange(start, start + count, device=self.rows.device)
+        return offsets.masked_fill_(slots >= self.counters[_FILLED], -torch.inf)
+
     @torch.no_grad()
-    def enqueue(self, text_features: Tensor) -> bool:
+    def enqueue(self, text_features: Tensor) -> Tensor:
         """Overwrites the oldest rows with a step's text features.
 
         Args:
             text_features: [K, B, dim], unit length: `ContrastiveTerms.gathered_text`, or local rows in local use.
 
         Returns:
-            Whether the block was stored; False if it held a value that is not finite, in which case it is counted
-            and the queue is unchanged. Ranks holding the same block decide the same.
+            Whether the block was stored, one boolean on the device; if it held a value that is not finite, it is
+            counted and the queue is unchanged. Ranks holding the same block decide the same.
         """
         if text_features.dim() != 3 or text_features.shape[2] != self.dim:
             raise ValueError(f"enqueue got {tuple(text_features.shape)}, expected [K, B, {self.dim}]")
-        views = text_features[:1] if self.enqueue_views == "orig" else text_features.flip(0)
-        block = views.detach().flatten(0, 1).to(self.rows)
+        views = text_features.detach()[: 1 if self.enqueue_views == "orig" else None]
         # One bad value would win or poison searches until it is overwritten; a sum carries it without a copy.
-        if not bool(block.sum().isfinite()):
-            self.skipped_blocks += 1
-            return False
-        self._write(block)
-        return True
+        stored = views.sum(dtype=torch.float32).isfinite()
+        self.counters[_SKIPPED].add_(~stored)
+        for view in views.unbind()[::-1]:
+            self._write(view.to(self.rows), stored)
+        return stored
 
-    def _write(self, block: Tensor) -> None:
+    def _write(self, block: Tensor, stored: Tensor) -> None:
         count = block.shape[0]
         dropped = max(0, count - self.size)
-        start = (self.pointer + dropped) % self.size
-        block = block[dropped:]
-        head = min(block.shape[0], self.size - start)
-        self.rows[start : start + head] = block[:head]
-        self.rows[: block.shape[0] - head] = block[head:]
-        self.pointer = (self.pointer + count) % self.size
-        self.filled = min(self.size, self.filled + count)
+        slots = torch.arange(dropped, count, device=self.rows.device).add_(self.counters[_POINTER]) % self.size
+        self.rows.index_copy_(0, slots, torch.where(stored, block[dropped:], self.rows[slots]))
+        advance = stored * count
+        self.counters[_POINTER].add_(advance).remainder_(self.size)
+        self.counters[_FILLED].add_(advance).clamp_(max=self.size)
+        self._offered = min(self.size, self._offered + count)
 
     def content_hash(self) -> str:
         """Hex digest of everything that searches depend on; equal on all ranks for a global queue."""
@@ -173,9 +195,10 @@ class NearestNeighborQueue(nn.Module):
     def state(self) -> dict[str, Any]:
         """A copy of the queue on the CPU as plain tensors and numbers, for `load_state`."""
         return {
-            "rows": self.rows.detach().cpu().clone(),
+            "rows": self.rows.detach().to("cpu", copy=True),
             "pointer": self.pointer,
             "filled": self.filled,
+            "offered": self._offered,
             "skipped_blocks": self.skipped_blocks,
         }
 
@@ -192,14 +215,19 @@ class NearestNeighborQueue(nn.Module):
                 f"the saved neighbour queue has rows {tuple(saved.shape)}, this model needs width {self.dim}; "
                 "resume with the saved embed_dim, or start with an empty queue"
             )
-        self.skipped_blocks = state["skipped_blocks"]
         if saved.shape[0] == self.size:
             self.rows.copy_(saved)
-            self.pointer, self.filled = state["pointer"], state["filled"]
+            self._set_counters(state["pointer"], state["filled"], state["skipped_blocks"])
+            self._offered = state["offered"]
             return
         self.rows.copy_(self._initial_rows())
-        self.pointer = self.filled = 0
-        self._write(_by_age(state).to(self.rows))
+        self._set_counters(0, 0, state["skipped_blocks"])
+        self._offered = 0
+        newest_last = _by_age(state).to(self.rows)
+        self._write(newest_last, torch.ones((), dtype=torch.bool, device=self.rows.device))
+
+    def _set_counters(self, pointer: int, filled: int, skipped_blocks: int) -> None:
+        self.counters.copy_(torch.tensor([pointer, filled, skipped_blocks]))
 
 
 def _by_age(state: dict[str, Any]) -> Tensor:
@@ -231,7 +259,8 @@ def reshard_queue_states(states: Sequence[dict[str, Any]], num_shards: int) -> l
         chosen = merged[shard::num_shards][:size].flip(0)
         filled = chosen.shape[0]
         rows = torch.cat([chosen, torch.zeros(size - filled, dim)])
-        shards.append({"rows": rows, "pointer": filled % size, "filled": filled, "skipped_blocks": skipped})
+        counters = {"pointer": filled % size, "filled": filled, "offered": filled, "skipped_blocks": skipped}
+        shards.append({"rows": rows, **counters})
     return shards
 
 

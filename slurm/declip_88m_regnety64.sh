@@ -7,15 +7,19 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=72:00:00
-#SBATCH --signal=B:USR1@180
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 
-# Site settings: edit this block, or set the same names in the environment (account and partition: sbatch -A ... -p ...).
+# ---- site settings: edit here, or set the same names in the environment, or in slurm/site.sh for all templates -------
+#   account and partition: SBATCH_ACCOUNT, SBATCH_PARTITION, or take one '#' away here
+##SBATCH --account=team
+##SBATCH --partition=gpu
 export VENV=${VENV:-}                # virtual environment with declip-trainer installed
 export CONTAINER=${CONTAINER:-}      # or a container image, where the site uses pyxis
-export DATA=${DATA:-}                # shards, e.g. '/data/yfcc15m/{00000..01538}.tar'; empty: as in the recipe
+export DATA=${DATA:-}                # shards, e.g. '/data/declip88m/{00000..08799}.tar'; empty: as in the recipe
+# ----------------------------------------------------------------------------------------------------------------------
 
 export RECIPE=${RECIPE:-declip_88m_regnety64} DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
-exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/launch.sh"
+exec bash "${DECLIP_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/launch.sh" "$@"

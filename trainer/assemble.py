@@ -11,26 +11,24 @@ from filelock import FileLock, Timeout
 from data.tokenizer import ClipTokenizer
 from models.registry import build_model
 from trainer.agreement import on_main, together
-from trainer.checkpoint import (
-    TrainerState,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    set_aside,
-    step_of,
-    sweep,
-)
+from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
+from trainer.compilation import compile_towers
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
 from trainer.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
+from trainer.files import write_atomically
+from trainer.guard import Guard
 from trainer.launch import Place
-from trainer.loop import STOPPED_EARLY, Run
 from trainer.methods import METHODS, Method, parse_method
-from trainer.metrics import Console, MetricsWriter, truncate_metrics
+from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
+from trainer.preemption import STOPPED_EARLY, stop_if_told
+from trainer.recovery import leave_later_branch
+from trainer.state import Run
+from trainer.watchdog import Watchdog
 
 DEFAULT_RECIPE = "demo"
 
@@ -68,6 +66,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
 
     Raises:
         ConfigError, DataError: A mistake the user can fix.
+        ToldToStop: A signal came before there was anything to save.
     """
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
@@ -82,37 +81,76 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
         return None
-    init_distributed(device, place, resolve_workers(config, place))
+    init_distributed(device, place, resolve_workers(config, place), config.train.timeout_minutes)
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
-    checkpoint, warnings = on_main(lambda: find_checkpoint(run_dir, arguments.resume))
+    checkpoint, warnings = find_checkpoint(run_dir, arguments.resume)
     for warning in warnings:
         console.warn(warning)
-    together(lambda: _leave_later_branch(run_dir, checkpoint) if place.is_main else None)
+    together(lambda: leave_later_branch(run_dir, checkpoint) if place.is_main else None)
     _check_same_settings(config, resolved, precision)
     console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
+    stop_if_told(run_dir)
     sources = index_sources(config, place)
+    stop_if_told(run_dir)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
     _check_queue(config, sources)
     if config.train.compile:
-        method.model.image_tower.compile()
-        method.model.text_tower.compile(dynamic=True)
+        together(lambda: compile_towers(method, device))
     engine = Engine(method, config, resolved, device)
     engine.broadcast_buffers()
     saved = None if checkpoint is None else load_checkpoint(engine, checkpoint, place.rank, place.world_size)
-    start_step = saved.step if saved else 0
-    data = together(lambda: TrainData(config, method, tokenizer, sources, plan, place, device, start_step))
+    start_step, offset = (saved.step, saved.data_offset) if saved else (0, 0)
+
+    def open_data(step: int, offset: int) -> TrainData:
+        return TrainData(config, method, tokenizer, sources, plan, place, device, step, offset)
+
+    def open_metrics(step: int) -> MetricsWriter | None:
+        return MetricsWriter(run_dir, config.logging, step) if place.is_main else None
+
+    data = together(lambda: open_data(start_step, offset))
     state = TrainerState(
         start_step, dump_config(config), tokenizer.hash, data.loader.fingerprint, data.loader.order_fingerprint, {}
     )
+    guard = Guard(config.guard)
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
-    metrics = together(lambda: _open_run_dir(run_dir, config, resolved, state, checkpoint, place))
+        guard.load_state(saved.guard)
+    estimate = prepare_checkpoints(engine, run_dir / "checkpoints", must_fit=checkpoint is None)
+    dropped = together(lambda: _open_run_dir(run_dir, config, resolved, state.step) if place.is_main else 0)
+    metrics = together(lambda: open_metrics(state.step))
+    if metrics is not None and checkpoint is not None:
+        details = {"world_size": place.world_size, "dropped_records": dropped, "damaged_checkpoints": len(warnings)}
+        metrics.event("resumed", state.step, checkpoint=str(checkpoint), **details)
+    stop_if_told(run_dir)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
-    return Run(config, place, plan, run_dir, engine, data, evaluation, console, metrics, state, lock, state.step)
+    console.line(str(estimate))
+    if estimate.total * (config.checkpoint.keep_last + 1) > estimate.free:
+        console.warn(
+            f"{run_dir} has no room for checkpoint.keep_last {config.checkpoint.keep_last} checkpoints and the next "
+            "one; lower keep_last or free some space, or saving will fail later"
+        )
+    return Run(
+        config=config,
+        place=place,
+        plan=plan,
+        run_dir=run_dir,
+        engine=engine,
+        open_data=open_data,
+        data=data,
+        evaluation=evaluation,
+        console=console,
+        open_metrics=open_metrics,
+        metrics=metrics,
+        state=state,
+        guard=guard,
+        watchdog=Watchdog(place, config.train.timeout_minutes),
+        lock=lock,
+        last_saved=state.step,
+    )
 
 
 def build_method(config: RunConfig, tokenizer: ClipTokenizer) -> Method:
@@ -149,17 +187,6 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another") from None
-
-
-def _leave_later_branch(run_dir: Path, checkpoint: Path | None) -> None:
-    """Going back to an older checkpoint starts another branch: later ones must not be found by the next resume."""
-    checkpoints = run_dir / "checkpoints"
-    sweep(checkpoints)
-    if checkpoint is None or checkpoint.parent.resolve() != checkpoints.resolve():
-        return
-    for folder in list_checkpoints(checkpoints):
-        if step_of(folder) > step_of(checkpoint):
-            set_aside(folder, "abandoned")
 
 
 def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:
@@ -207,31 +234,18 @@ def _continue_from(
     engine.method.load_method_state(saved.method_state)
     if engine.method.state_digest() != saved.method_digest:
         console.warn(f"the queue of {checkpoint.name} was adapted to this configuration")
-    state.bad_samples = saved.bad_samples
+    state.bad_samples, state.data_offset = saved.bad_samples, saved.data_offset
 
 
-def _open_run_dir(
-    run_dir: Path,
-    config: RunConfig,
-    resolved: ResolvedDeepSpeed,
-    state: TrainerState,
-    checkpoint: Path | None,
-    place: Place,
-) -> MetricsWriter | None:
-    if not place.is_main:
-        return None
+def _open_run_dir(run_dir: Path, config: RunConfig, resolved: ResolvedDeepSpeed, step: int) -> int:
+    """Write down what the run is, and drop the records after `step`; returns how many."""
     # How long this process runs is not part of the run.
     whole = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
-    (run_dir / "config.yaml").write_text(dump_config(whole), encoding="utf-8")
-    (run_dir / "ds_config.json").write_text(json.dumps(resolved.portable, indent=2) + "\n", encoding="utf-8")
-    (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
-    dropped = truncate_metrics(run_dir, state.step)
-    metrics = MetricsWriter(run_dir, config.logging, state.step)
-    if checkpoint is not None:
-        metrics.event(
-            "resumed", state.step, checkpoint=str(checkpoint), world_size=place.world_size, dropped_records=dropped
-        )
-    return metrics
+    with writable(run_dir):
+        write_atomically(run_dir / "config.yaml", dump_config(whole))
+        write_atomically(run_dir / "ds_config.json", json.dumps(resolved.portable, indent=2) + "\n")
+        (run_dir / STOPPED_EARLY).unlink(missing_ok=True)
+        return truncate_records(run_dir, step)
 
 
 def _announce(

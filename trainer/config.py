@@ -1,6 +1,7 @@
 """Typed run configuration: a recipe (YAML), dotted overrides, one clear error for every mistake."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
+from trainer.safe_yaml import YamlError, parse_yaml
 
 RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
 # Nothing real nests recipes deeper; a longer chain is a cycle.
@@ -18,7 +20,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, values are frozen after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -81,7 +83,11 @@ class EvalConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch and numerics of a run."""
+    """Length, batch and numerics of a run.
+
+    `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
+    `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
+    """
 
     steps: int = Field(ge=1)
     stop_after: int | None = Field(None, ge=1)
@@ -93,10 +99,12 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
+    timeout_minutes: float = Field(30.0, gt=0.0)
+    verify_replicas_every: int = Field(0, ge=0)
 
 
 class OptimizerConfig(Section):
-    """`auto`: DeepSpeed's FusedAdam on CUDA, CPUAdam under offload, torch's fused AdamW on a CPU."""
+    """`auto`: torch's fused AdamW, or DeepSpeed's CPUAdam under offload."""
 
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "cpu_adam", "sgd"] = "auto"
     lr: float = Field(gt=0.0)
@@ -125,9 +133,19 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """`max_skipped` non-finite steps in a row end the run."""
+    """When a run goes back to its last good checkpoint and leaves out the samples it saw since.
+
+    `max_skipped` steps in a row without finite gradients or, where `spike_factor` is not 0, `spike_steps` in a row with
+    a loss above the median of the last `spike_window` good ones by `spike_factor` times their spread (scaled median
+    absolute deviation, at least 1 % of the median). Looked at on logged steps. Going back more than `max_rollbacks`
+    times ends the run.
+    """
 
     max_skipped: int = Field(20, ge=1)
+    spike_factor: float = Field(0.0, ge=0.0)
+    spike_window: int = Field(200, ge=2)
+    spike_steps: int = Field(10, ge=1)
+    max_rollbacks: int = Field(3, ge=0)
 
 
 class LoggingConfig(Section):
@@ -234,11 +252,13 @@ def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
 
 def _recipe_path(recipe: str) -> Path:
     named = RECIPE_DIR / f"{recipe}.yaml"
-    if "/" not in recipe and named.is_file():
-        return named
-    path = Path(recipe)
-    if path.is_file():
-        return path
+    # A name too long for a file is no file.
+    with suppress(OSError):
+        if "/" not in recipe and named.is_file():
+            return named
+        path = Path(recipe)
+        if path.is_file():
+            return path
     close = difflib.get_close_matches(recipe, recipe_names(), n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
@@ -248,12 +268,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
     try:
-        text = path.read_text(encoding="utf-8")
-        # Aliases let a few bytes expand without bound, and no recipe needs them.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{path}: YAML aliases ('*name') are not supported; write the value out")
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path} must be a mapping of sections (model, method, data, train, ...)")
@@ -282,8 +298,8 @@ def _parse_scalar(key: str, text: str) -> Any:
     if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except YamlError:
         return text
 
 
@@ -307,6 +323,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         location.pop()
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
+        location = [str(part) for part in first["loc"]]
+        key = prefix + ".".join(location)
         names = _field_names(model, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1)
         hint = f"did you mean '{prefix}{'.'.join([*location[:-1], close[0]])}'?" if close else f"known: {names}"

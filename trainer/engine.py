@@ -38,12 +38,21 @@ def _select_device(requested: str, place: Place) -> torch.device:
         raise ConfigError("train.device is cuda but torch sees no GPU; use --train.device cpu or auto")
     if requested == "cpu" or not available:
         return torch.device("cpu")
+    if _has_own_gpu(place):
+        return torch.device("cuda", 0)
     if place.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {place.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
             "start one rank per GPU or use --train.device cpu"
         )
     return torch.device("cuda", place.local_rank)
+
+
+def _has_own_gpu(place: Place) -> bool:
+    # srun --gpus-per-task=1 and bound MPI tasks: each sees its own GPU alone, and calls it number 0.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    one = torch.cuda.device_count() == 1 and visible != "" and "," not in visible
+    return one and place.launcher in ("srun", "mpirun")
 
 
 def init_distributed(device: torch.device, place: Place, workers: int = 0, timeout_minutes: float = 30.0) -> None:
@@ -53,7 +62,8 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
         device: This rank's device.
         place: This rank.
         workers: Loader processes of this rank; on a CPU they keep a core each.
-        timeout_minutes: How long a collective may wait.
+        timeout_minutes: How long a step may make no progress. A collective waits twice as long before it fails by
+            itself, so that the watchdog, which knows who is missing, speaks first.
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     import deepspeed
@@ -73,7 +83,7 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=datetime.timedelta(minutes=2 * timeout_minutes + 1),
     )
 
 
@@ -86,6 +96,7 @@ class Engine:
         stage: ZeRO stage.
         parameter_names: Names of the trained parameters by optimizer group, in the optimizer's order.
         parameter_shapes: Their full shapes.
+        decides_on_device: Whether `step` runs without waiting for the device.
     """
 
     def __init__(self, method: Method, config: RunConfig, resolved: ResolvedDeepSpeed, device: torch.device) -> None:
@@ -103,8 +114,24 @@ class Engine:
         tree = dict(resolved.config)
         if self.offload and config.optimizer.name == "adamw":
             tree["zero_force_ds_cpu_optimizer"] = False
+        self.decides_on_device = self._takes_over_the_check(tree, optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=tree)
         self.method: Method = self.deepspeed.module
+
+    def _takes_over_the_check(self, tree: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the finite check, the norm and the clipping are done here, on the device, instead of in DeepSpeed.
+
+        DeepSpeed reads the norm on the host in each step. ZeRO 1 and 2 can be told not to compute it; ZeRO 3 cannot,
+        offloaded gradients are on the host anyway, and fp16's loss scale lives there.
+        """
+        autocast = tree.get("torch_autocast", {})
+        lossy = autocast.get("enabled", False) and autocast.get("dtype") == "float16"
+        if self.stage == 3 or self.offload or lossy or not isinstance(optimizer, torch.optim.AdamW):
+            return False
+        tree["gradient_clipping"] = 0.0
+        if self.stage:
+            tree["zero_optimization"] = {**tree["zero_optimization"], "compute_grad_norm": False}
+        return True
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -123,8 +150,13 @@ class Engine:
         self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass; gradients come out averaged over ranks."""
-        self.deepspeed.backward(loss)
+        """Backward pass; gradients come out averaged over ranks.
+
+        A loss that is not finite on one rank becomes gradients that are not finite on all, so that `step` skips.
+        """
+        # Times one, exactly, or times NaN: the reduction of the gradients then carries the news, without a collective.
+        detached = loss.detach()
+        self.deepspeed.backward(loss * (1.0 + (detached - detached)))
 
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The fp16 gradient scaler, wherever the stage keeps it."""
@@ -137,12 +169,15 @@ class Engine:
         for group in self.base_optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self) -> tuple[bool, float]:
-        """Take the optimizer step unless a gradient is not finite; every rank decides the same.
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Take the optimizer step unless a gradient is not finite; every rank decides the same. Collective.
 
         Returns:
-            Whether the step was applied, and the global gradient norm before clipping.
+            Two scalars on the device: whether the step was skipped (bool), and the global gradient norm before
+            clipping (float32). Where `decides_on_device`, nothing here waited for the device.
         """
+        if self.decides_on_device:
+            return self._step_on_device()
         if self.stage == 0:
             return self._step_unsharded()
         scaler = self.grad_scaler()
@@ -153,21 +188,47 @@ class Engine:
             # ZeRO leaves before it has told the scaler of an overflow; without this the scale would never come down.
             scaler.update(scale * scaler.get_backoff_factor())
         norm = self.deepspeed.get_global_grad_norm()
-        return applied, math.nan if norm is None else float(norm) / scale
+        return self._on_device(not applied, math.nan if norm is None else norm / scale)
 
-    def _step_unsharded(self) -> tuple[bool, float]:
+    @torch.no_grad()
+    def _step_on_device(self) -> tuple[Tensor, Tensor]:
+        # torch's fused kernels leave parameters, moments and step counter alone where `found_inf` is 1, and divide the
+        # gradients by `grad_scale`: the check and the clipping cost one pass for the norm and no word to the host.
+        norm = self._gradient_norm()
+        skipped = ~norm.isfinite()
+        optimizer = self.base_optimizer
+        optimizer.found_inf = skipped.float()
+        if self.clip:
+            optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)
+        self.deepspeed.step()
+        return skipped, norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Norm of the averaged gradients of all ranks, the same on every rank."""
+        if self.stage == 0:
+            return torch.nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+        # Each rank holds the gradients of its own partition of every group.
+        pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
+        squared = torch.nn.utils.get_total_norm(pieces).float().square()
+        dist.all_reduce(squared)
+        return squared.sqrt()
+
+    def _on_device(self, skipped: bool, norm: float | Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor(skipped, device=self.device), torch.as_tensor(norm, device=self.device)
+
+    def _step_unsharded(self) -> tuple[Tensor, Tensor]:
         # ZeRO 0 has no finite check of its own. The gradients are already averaged, so all ranks see the same norm.
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         scaler = self.grad_scaler()
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / (1.0 if scaler is None else scaler.get_scale())
-        if math.isfinite(norm) or scaler is not None:
+        norm = float(self._gradient_norm()) / (1.0 if scaler is None else scaler.get_scale())
+        skipped = not math.isfinite(norm)
+        if not skipped or scaler is not None:
             self.deepspeed.step()
-            return math.isfinite(norm), norm
+            return self._on_device(skipped, norm)
         self.deepspeed.zero_grad()
         self.deepspeed.micro_steps += 1
         self.deepspeed.global_steps += 1
         self.deepspeed.skipped_steps += 1
-        return False, norm
+        return self._on_device(skipped, norm)
 
     @torch.no_grad()
     def project(self, bounded: list[BoundedParameter]) -> None:

@@ -1,4 +1,6 @@
-"""The one exception a user's mistake becomes."""
+"""The exceptions a user's mistake, or a full disk, becomes."""
+
+from data.errors import printable
 
 
 class ConfigError(ValueError):
@@ -7,3 +9,10 @@ class ConfigError(ValueError):
     The message is a single line that says what was given, what was expected and how to fix it. The entry point
     prints it without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written: no room, no permission, a failing disk. Raised on all ranks alike."""

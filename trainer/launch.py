@@ -1,11 +1,17 @@
 """Who am I: rank and rendezvous from whichever launcher started this process, before anything heavy is imported."""
 
+import ipaddress
 import os
 import socket
 import subprocess
 from dataclasses import dataclass
 
 from trainer.errors import ConfigError
+
+# Below the range the kernel hands out to outgoing connections, so that none of those is in the way.
+_FIRST_PORT, _PORTS = 20000, 12000
+# Reserved for documentation: a route to it exists wherever there is a default route, and nothing is ever sent.
+_ELSEWHERE = "192.0.2.1"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ def find_place() -> Place:
     if _integer("SLURM_STEP_NUM_TASKS", 1) > 1:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _slurm_first_address()
-        os.environ.setdefault("MASTER_PORT", str(_port_of_job(os.environ.get("SLURM_JOB_ID", "0"))))
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_port_of_job())
         size = _integer("SLURM_STEP_NUM_TASKS")
         return _export("srun", _integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), size, _local_size())
     if max(_integer("OMPI_COMM_WORLD_SIZE", 1), _integer("PMI_SIZE", 1)) > 1:
@@ -54,7 +61,9 @@ def _export(launcher: str, rank: int, local_rank: int, world_size: int, local_wo
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(f"{name} is not set although WORLD_SIZE is {world_size}; start through a launcher")
-    return Place(rank, local_rank, world_size, min(local_world_size, world_size), launcher)
+    place = Place(rank, local_rank, world_size, min(local_world_size, world_size), launcher)
+    _choose_gloo_interface(place)
+    return place
 
 
 def _from_mpi() -> Place:
@@ -66,7 +75,7 @@ def _from_mpi() -> Place:
         ) from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = os.environ.get("MASTER_ADDR") or _own_address()
+    address = os.environ.get("MASTER_ADDR") or _own_address(alone=node.Get_size() == world.Get_size())
     port = os.environ.get("MASTER_PORT") or str(_free_port())
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast((address, port), root=0)
     return _export("mpirun", world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size())
@@ -106,16 +115,88 @@ def _scontrol(*arguments: str) -> str:
     return result.stdout
 
 
-def _port_of_job(job_id: str) -> int:
-    # Every rank derives the same port without talking; jobs that share a node get different ones.
-    return 20000 + int(job_id) % 20000
+def _port_of_job() -> int:
+    """Every rank derives the same port without talking; jobs that share a node, and steps of a job, get others."""
+    port = _FIRST_PORT + (_integer("SLURM_JOB_ID", 0) + 101 * _integer("SLURM_STEP_ID", 0)) % _PORTS
+    if _integer("SLURM_PROCID") == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                raise ConfigError(
+                    f"port {port}, derived from the SLURM job, is taken on this node; export MASTER_PORT with a free "
+                    "one, or start through slurm/launch.sh, which looks for one"
+                ) from None
+    return port
 
 
-def _own_address() -> str:
+def _own_address(alone: bool) -> str:
+    """An address of this node that the other nodes reach; with no other nodes, the loopback one."""
+    named = _address_of(socket.gethostname())
+    if alone or (named and not _is_loopback(named)):
+        return named or "127.0.0.1"
+    return _address_towards(_ELSEWHERE) or named or "127.0.0.1"
+
+
+def _choose_gloo_interface(place: Place) -> None:
+    """Have gloo listen where other nodes can reach it.
+
+    It takes the address that the host's own name stands for, and many images write that as 127.0.1.1.
+
+    Raises:
+        ConfigError: No interface leads to the first node.
+    """
+    if place.world_size == place.local_world_size or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    named, first = _address_of(socket.gethostname()), os.environ["MASTER_ADDR"]
+    # A first node that is literally this machine means that all "nodes" are.
+    if (named and not _is_loopback(named)) or first == "localhost" or _is_loopback(first):
+        return
+    address = _address_towards(first)
+    if address is None or _is_loopback(address):
+        # The first node itself, which finds its own name at home.
+        address = _address_towards(_ELSEWHERE)
+    interface = _interface_of(address)
+    if interface is None:
+        raise ConfigError(
+            f"the name of this node, {socket.gethostname()}, stands for {named or 'no address'}, where other nodes "
+            "cannot reach it; export GLOO_SOCKET_IFNAME with its network interface (`ip -br address` lists them)"
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _address_of(host: str) -> str | None:
     try:
-        return socket.gethostbyname(socket.gethostname())
+        return socket.gethostbyname(host)
     except OSError:
-        return "127.0.0.1"
+        return None
+
+
+def _address_towards(host: str) -> str | None:
+    # Connecting a datagram socket chooses the route and sends nothing.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def _interface_of(address: str | None) -> str | None:
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if address is not None and any(entry.address == address for entry in addresses):
+            return name
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _free_port() -> int:

@@ -3,6 +3,9 @@
 import json
 import math
 import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,19 @@ import rich.table
 from trainer.config import LoggingConfig
 from trainer.errors import ConfigError
 
+METRICS = "metrics.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
+
 
 class MetricsWriter:
-    """Writes one record per logged step and one per event. Lives on rank 0 only."""
+    """Writes one record per logged step and one per event. Lives on rank 0 only.
+
+    Raises:
+        ConfigError: From any method, when the disk is full or gone.
+    """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, start_step: int = 0) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(run_dir, start_step) if config.tensorboard else None
         self._wandb = _wandb(run_dir, config.wandb_project) if config.wandb_project else None
@@ -30,7 +40,7 @@ class MetricsWriter:
         self._scalars(numbers, record["step"])
 
     def event(self, name: str, step: int, **details: Any) -> None:
-        """Append an event (`resumed`, `checkpoint`, `bad_sample`, `skipped_step`, `eval`)."""
+        """Append an event (`resumed`, `checkpoint`, `bad_sample`, `skipped_step`, `loss_spike`, `rollback`, `eval`)."""
         self._append({"event": name, "step": step, **details})
         if name == "eval":
             prefix = f"eval/{details['set']}/"
@@ -48,24 +58,42 @@ class MetricsWriter:
     def _append(self, record: dict[str, Any]) -> None:
         # JSON has no NaN; null keeps every line readable by any parser.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with writable(self.path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
 
     def _scalars(self, numbers: dict[str, float], step: int) -> None:
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
+            with writable(self.path.with_name("tensorboard")):
+                for key, value in numbers.items():
+                    self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
 
-def truncate_metrics(run_dir: Path, step: int) -> int:
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn a disk that refuses into an error that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror or error}); make room or repair the disk, then continue from "
+            "the last checkpoint with --resume auto"
+        ) from None
+
+
+def truncate_records(run_dir: Path, step: int) -> int:
     """Drop records after `step`: a resumed run writes them again, and a torn last line is of no use.
 
     Returns:
-        How many lines were dropped.
+        How many lines metrics.jsonl lost; bad_samples.jsonl is cut back alike.
     """
-    path = run_dir / "metrics.jsonl"
+    _truncate(run_dir / BAD_SAMPLES, step)
+    return _truncate(run_dir / METRICS, step)
+
+
+def _truncate(path: Path, step: int) -> int:
     if not path.is_file():
         return 0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -75,6 +103,16 @@ def truncate_metrics(run_dir: Path, step: int) -> int:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
     return len(lines) - len(kept)
+
+
+def evaluated_sets(run_dir: Path, step: int) -> set[str]:
+    """Names of the evaluation sets whose figures at a step are on record."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return set()
+    with path.open(encoding="utf-8") as stream:
+        found = [json.loads(line) for line in stream if '"eval"' in line]
+    return {record["set"] for record in found if record.get("event") == "eval" and record["step"] == step}
 
 
 def _is_record_up_to(line: str, step: int) -> bool:
@@ -153,4 +191,10 @@ def _wandb(run_dir: Path, project: str) -> Any:
         import wandb
     except ImportError:
         raise ConfigError("logging.wandb_project needs wandb: pip install 'declip-trainer[tracking]'") from None
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
+    # Kept in the folder: a resumed run goes on in its own record, and a namesake elsewhere has another.
+    identity = run_dir / "wandb_id"
+    run_id = identity.read_text(encoding="utf-8").strip() if identity.is_file() else ""
+    if not run_id:
+        run_id = uuid.uuid4().hex[:12]
+        identity.write_text(run_id, encoding="utf-8")
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_id)

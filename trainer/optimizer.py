@@ -28,16 +28,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def kernel_name(config: OptimizerConfig, device: torch.device, offload: bool) -> str:
-    """What `optimizer.name: auto` means here: CPUAdam under offload, FusedAdam on CUDA, torch's fused AdamW on CPU.
+def kernel_name(config: OptimizerConfig, offload: bool) -> str:
+    """What `optimizer.name: auto` means here: CPUAdam under offload, else torch's fused AdamW.
 
-    The CPU default needs no compiler and resumes bitwise.
+    The latter needs no compiler, resumes bitwise, and can be told on the device to leave a step out, so that no step
+    waits for the host.
     """
     if config.name != "auto":
         return config.name
-    if offload:
-        return "cpu_adam"
-    return "fused_adam" if device.type == "cuda" else "adamw"
+    return "cpu_adam" if offload else "adamw"
 
 
 def build_optimizer(
@@ -48,7 +47,7 @@ def build_optimizer(
     Raises:
         ConfigError: The kernel cannot run here (no CUDA, no compiler, apex not installed, wrong under offload).
     """
-    name = kernel_name(config, device, offload)
+    name = kernel_name(config, offload)
     adam = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if offload and name not in ("cpu_adam", "adamw"):
         raise ConfigError(f"optimizer.name {name} cannot run with optimizer offload; use auto, cpu_adam or adamw")
@@ -84,3 +83,10 @@ def _compiled_kernel(name: str, groups: list[dict], adam: dict) -> torch.optim.O
             else "DeepSpeed compiles it on first use, which needs a C++ compiler and ninja"
         )
         raise ConfigError(f"optimizer.name {name} is not available ({reason}): {fix}; or use adamw") from None
+
+
+def optimizer_family(optimizer: torch.optim.Optimizer) -> str:
+    """What state the optimizer keeps: checkpoints move between kernels of one family, not between families."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return "adam"
+    return "sgd with momentum" if optimizer.param_groups[0]["momentum"] else "sgd without momentum"

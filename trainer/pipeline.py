@@ -23,6 +23,7 @@ from trainer.ds_config import BatchPlan
 from trainer.errors import ConfigError
 from trainer.launch import Place
 from trainer.methods.base import Method
+from trainer.metrics import BAD_SAMPLES, writable
 
 _DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8
@@ -72,6 +73,10 @@ def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
 class TrainData:
     """The training data of a run on this rank.
 
+    Args:
+        start_step: Steps that are done.
+        offset: How many global batches rollbacks have left out: step n trains on batch n + offset of the order.
+
     Attributes:
         loader: Yields this rank's micro-batches from the start step.
     """
@@ -86,8 +91,10 @@ class TrainData:
         place: Place,
         device: torch.device,
         start_step: int,
+        offset: int = 0,
     ) -> None:
         self._accumulation_steps = plan.accumulation_steps
+        self._offset = offset
         self._device = device
         transform = SampleTransform(
             tokenizer,
@@ -108,7 +115,7 @@ class TrainData:
             micro_batch_size=plan.micro_batch_size,
             rank=place.rank,
             world_size=place.world_size,
-            start_step=start_step,
+            start_step=start_step + offset,
             lanes=config.data.lanes,
             shuffle_window=config.data.shuffle_window,
             workers=resolve_workers(config, place),
@@ -130,16 +137,17 @@ class TrainData:
         return moved
 
     def samples_seen(self, step: int) -> dict[str, int]:
-        """Samples of each source after `step` steps."""
-        return self.loader.samples_seen(step)
+        """Samples of each source after `step` steps, those that rollbacks left out included."""
+        return self.loader.samples_seen(step + self._offset)
 
     def epoch(self, step: int) -> float:
         """Epochs of the first source after `step` steps."""
-        return next(iter(self.loader.epochs_seen(step).values()))
+        return next(iter(self.loader.epochs_seen(step + self._offset).values()))
 
     def write_bad_samples(self, run_dir: Path, records: list[dict[str, str]], step: int) -> None:
         """Append to bad_samples.jsonl."""
-        with (run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as stream:
+        path = run_dir / BAD_SAMPLES
+        with writable(path), path.open("a", encoding="utf-8") as stream:
             for record in records:
                 stream.write(json.dumps({"step": step, **record}) + "\n")
 

@@ -1,12 +1,33 @@
-"""Signals that mean "save and leave": SIGTERM, SIGUSR1 and Ctrl-C, agreed by all ranks."""
+"""Told to stop: one decision of all ranks, and the mark it leaves."""
 
-import signal
-from types import FrameType
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from trainer.signals import told_to_stop
+
+# Left in the run folder when a signal ended the run before its last step: the job script requeues itself on it.
+STOPPED_EARLY = "stopped_early"
+
+
+class ToldToStop(Exception):
+    """Raised on all ranks alike when a signal ends a run before its first step: there is nothing to save."""
+
+
+def stop_if_told(run_dir: Path) -> None:
+    """Leave together if any rank was told to. Collective; for the time before training, where no step votes.
+
+    Raises:
+        ToldToStop: On every rank. The run folder is marked, so that a job script starts it again.
+    """
+    told = [0] * dist.get_world_size()
+    dist.all_gather_object(told, told_to_stop())
+    if any(told):
+        if dist.get_rank() == 0:
+            (run_dir / STOPPED_EARLY).touch()
+            print("told to stop before the first step: nothing to save", flush=True)
+        raise ToldToStop
 
 
 class Preemption:
@@ -16,33 +37,24 @@ class Preemption:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._requested = 0
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
-        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == self._requested == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._requested = number
 
     def should_stop(self) -> bool:
         """True on all ranks alike once any rank was told to stop. Collective: call once per step."""
         if self._group is None:
-            return bool(self._requested)
+            return bool(told_to_stop())
         decided = False
         if self._vote is not None:
             votes, work = self._vote
             work.wait()
             decided = bool(votes.item())
-        votes = torch.tensor([self._requested], dtype=torch.int32)
+        votes = torch.tensor([told_to_stop()], dtype=torch.int32)
         self._vote = (votes, dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return decided
 
     def close(self) -> None:
-        """Finish the vote in flight and give the signals back."""
+        """Finish the vote in flight."""
         if self._vote is not None:
             self._vote[1].wait()
             self._vote = None
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

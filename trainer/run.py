@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from trainer.errors import ConfigError
 from trainer.launch import find_place
 from trainer.shutdown import end_process, reported_errors
+from trainer.signals import follow_launcher, listen
 
 _EPILOG = """examples:
   deepspeed trainer/run.py --ds_config ds_configs/zero2.json
@@ -65,16 +66,22 @@ def _overrides(rest: list[str]) -> dict[str, str]:
 
 def main(argv: list[str]) -> None:
     """Parse, assemble, train."""
+    listen()
     arguments, overrides = parse_arguments(argv)
+    follow_launcher()
     place = find_place()
     with reported_errors(place):
         from trainer.assemble import assemble, load_run_config
         from trainer.loop import train
+        from trainer.preemption import ToldToStop
 
         run_dir = Path(arguments.run_dir) if arguments.run_dir else None
         config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
         run_dir = run_dir or Path("runs") / f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        run = assemble(config, arguments, run_dir, place)
+        try:
+            run = assemble(config, arguments, run_dir, place)
+        except ToldToStop:
+            return
         if run is not None:
             train(run)
             run.close()

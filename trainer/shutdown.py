@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from trainer.errors import ConfigError
 from trainer.launch import Place
+from trainer.output import Output
 
 USER_ERROR = 2
 # Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
@@ -20,6 +21,29 @@ _LOST_CONTACT = (
     "Broken pipe",
     "NCCL communicator was aborted",
 )
+# Called with the message and exit code before this rank leaves with an error, while the run has a way to the others.
+_heralds: list[Callable[[str, int], None]] = []
+_output: Output | None = None
+
+
+def add_herald(tell: Callable[[str, int], None]) -> None:
+    """Have `tell(message, exit_code)` called before this rank leaves with an error."""
+    _heralds.append(tell)
+
+
+def remove_herald(tell: Callable[[str, int], None]) -> None:
+    """Undo `add_herald`; harmless when it was not added."""
+    if tell in _heralds:
+        _heralds.remove(tell)
+
+
+def last_words(place: Place, message: str, code: int) -> None:
+    """Say why this rank ends, where its job looks for it."""
+    if _output is not None:
+        _output.last_words(message, code)
+        return
+    prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -31,8 +55,11 @@ def reported_errors(place: Place) -> Iterator[None]:
     """
     from data.errors import DataError
 
+    global _output
+    _output = Output(place)
     try:
         yield
+        _output.discard()
     except (ConfigError, DataError) as error:
         _leave(place, f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
@@ -46,10 +73,11 @@ def reported_errors(place: Place) -> Iterator[None]:
 
 
 def _leave(place: Place, message: str, code: int) -> None:
+    for tell in _heralds:
+        tell(message, code)
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
-    prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    last_words(place, message, code)
     sys.stdout.flush()
     os._exit(code)
 
@@ -70,6 +98,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     _close_process_group()
+    _finalize_mpi()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -81,3 +110,10 @@ def _close_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _finalize_mpi() -> None:
+    # mpirun calls a process that leaves without this a crash.
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()

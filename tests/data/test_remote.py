@@ -179,7 +179,7 @@ def test_files_of_a_writer_that_died_are_cleared(tmp_path, server, shards):
 
 
 def test_a_full_disk_is_named(tmp_path, server, shards, monkeypatch):
-    def full(source, target):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("data.remote._copy", full)

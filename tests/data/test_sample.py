@@ -112,7 +112,7 @@ def test_captions_are_cut_before_any_work(tokenizer):
 def test_bad_samples_are_reported(declip):
     with pytest.raises(BadSample, match="no caption"):
         declip(png(), [], (0, "s", 0, 0))
-    with pytest.raises(BadSample, match="unreadable image header"):
+    with pytest.raises(BadSample, match="found HTML, expected JPEG, PNG or WebP"):
         declip(b"<html>", [CAPTION], (0, "s", 0, 0))
     with pytest.raises(BadSample, match="damaged image"):
         declip(png(200, 200)[:2000], [CAPTION], (0, "s", 0, 0))

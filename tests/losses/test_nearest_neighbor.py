@@ -125,6 +125,29 @@ def test_a_bad_value_refuses_the_block(bad: float) -> None:
     assert queue.content_hash() != before
 
 
+def test_slots_of_a_refused_block_are_never_found(tmp_path: Any) -> None:
+    queue = NearestNeighborQueue(32, 4)
+    bad = torch.full((1, 5, 4), math.nan)
+    queue.enqueue(bad)
+    # The device alone knows that nothing was stored; the term then rests on a zero row, which has no gradient.
+    assert queue.ready
+    slots, cosine = queue.search(draw(1, 2, 4))
+    assert slots.tolist() == [[0, 0]]
+    assert cosine.tolist() == [[-math.inf, -math.inf]]
+    assert torch.count_nonzero(queue.rows) == 0
+    queue.enqueue(draw(1, 3, 4).abs())
+    queue.enqueue(bad)
+    assert (queue.pointer, queue.filled, queue.skipped_blocks) == (3, 3, 2)
+    restored = NearestNeighborQueue(32, 4)
+    torch.save(queue.state(), tmp_path / "queue.pt")
+    restored.load_state(torch.load(tmp_path / "queue.pt", weights_only=True))
+    for one in (queue, restored):
+        slots, cosine = one.search(-draw(1, 5, 4, seed=1).abs())
+        assert slots.max() < 3
+        assert (cosine < 0).all()
+    assert restored.skipped_blocks == 2
+
+
 def test_searching_and_evaluating_change_nothing() -> None:
     queue = filled_queue(16, 4, rows=10)
     before = queue.content_hash()
@@ -143,9 +166,9 @@ def test_searching_and_evaluating_change_nothing() -> None:
 def test_hash_sees_rows_pointer_and_filled() -> None:
     queue = filled_queue(16, 4, rows=10)
     digests = {queue.content_hash()}
-    queue.pointer += 1
+    queue.counters[0] += 1
     digests.add(queue.content_hash())
-    queue.filled += 1
+    queue.counters[1] += 1
     digests.add(queue.content_hash())
     queue.rows[3, 2] += 1e-6
     digests.add(queue.content_hash())

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import losses.similarity
 from losses import contrastive_terms, normalize
-from losses.similarity import Block, BlockLosses, Plan
+from losses.similarity import BlockLosses
+from losses.tiles import Block, Plan
 from tests.distributed import run_distributed
 
 # Not importorskip: the interpreter must be asked for before triton is imported, and workers import this module first.

@@ -108,7 +108,10 @@ class Finished:
 class Launched:
     """A run in progress: one process per rank, as a launcher would start them."""
 
-    def __init__(self, arguments: list[str], world_size: int, cache: Path) -> None:
+    def __init__(self, arguments: list[str], world_size: int, cache: Path, faults: dict | None = None) -> None:
+        script = [str(ROOT / "trainer" / "run.py")]
+        if faults is not None:
+            script = [str(ROOT / "tests" / "trainer" / "faulty_run.py"), json.dumps(faults)]
         self.started = time.monotonic()
         port = _free_port()
         self.processes = []
@@ -124,7 +127,7 @@ class Launched:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            command = [sys.executable, str(ROOT / "trainer" / "run.py"), *arguments]
+            command = [sys.executable, *script, *arguments]
             process = subprocess.Popen(
                 command, env=environment, cwd=cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
@@ -145,6 +148,17 @@ class Launched:
         output = "".join(process.communicate()[0] for process in self.processes)
         return Finished([process.returncode for process in self.processes], output, time.monotonic() - self.started)
 
+    def leave(self, timeout_s: float = 120, ranks: range | None = None) -> Finished:
+        """Wait until ranks (all, unless named) have ended by themselves, as they must under any launcher."""
+        waited = list(self.processes) if ranks is None else [self.processes[rank] for rank in ranks]
+        try:
+            output = "".join(process.communicate(timeout=timeout_s)[0] for process in waited)
+        finally:
+            self.kill()
+            for process in self.processes:
+                process.wait()
+        return Finished([process.returncode for process in waited], output, time.monotonic() - self.started)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Signal every rank that is still alive."""
         for process in self.processes:
@@ -152,9 +166,9 @@ class Launched:
                 process.send_signal(number)
 
 
-def run_trainer(arguments: list[str], cache: Path, world_size: int = 1) -> Finished:
+def run_trainer(arguments: list[str], cache: Path, world_size: int = 1, faults: dict | None = None) -> Finished:
     """Run to the end and require success."""
-    finished = Launched(arguments, world_size, cache).wait()
+    finished = Launched(arguments, world_size, cache, faults).wait()
     assert finished.codes == [0] * world_size, finished.output
     return finished
 

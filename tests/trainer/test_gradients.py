@@ -1,6 +1,8 @@
 """Every parameter's gradient under the engine: W ranks, any ZeRO stage, any number of micro-batches."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ SETTINGS = {
     "iss_predictor_dim": 16,
     "nns_warmup": "random",
 }
+TOLERANCE = 5e-6
+MISTAKES = ("gather without gradient", "labels off by one rank", "temperature gradient times accumulation")
 
 
 def run_config(stage: int, micro_batch_size: int):
@@ -57,8 +61,27 @@ def micro_batch(first: int, last: int) -> dict:
     }
 
 
-def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int]]) -> list[dict]:
-    """Loss and full gradients by parameter name for each (stage, accumulation); gradients on rank 0 only."""
+def planted(mistake: str | None, rank: int, world_size: int, accumulation: int) -> AbstractContextManager:
+    """The losses with one of the classic mistakes in them."""
+    import losses.contrastive
+    import losses.similarity
+
+    if mistake is None:
+        return nullcontext()
+    if mistake == "gather without gradient":
+
+        def own_part_only(partial: torch.Tensor) -> torch.Tensor:
+            return partial.chunk(world_size, dim=1)[rank]
+
+        return mock.patch.object(losses.similarity, "reduce_scatter_rows", own_part_only)
+    if mistake == "labels off by one rank":
+        return mock.patch.object(losses.contrastive, "rank", lambda: (rank + 1) % world_size)
+    correct = losses.similarity._scale_gradient
+    return mock.patch.object(losses.similarity, "_scale_gradient", lambda *args: correct(*args) * accumulation)
+
+
+def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, str | None]]) -> list[dict]:
+    """Loss and full gradients by parameter name for each (stage, accumulation, mistake); gradients on rank 0 only."""
     from deepspeed.utils import safe_get_full_grad
 
     from trainer.assemble import build_method
@@ -70,15 +93,16 @@ def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int]]) 
     init_distributed(device, Place(rank, rank, world_size, world_size, "test"))
     share = SAMPLES // world_size
     results = []
-    for stage, accumulation in cases:
+    for stage, accumulation, mistake in cases:
         size = share // accumulation
         config, resolved = run_config(stage, size)
         torch.manual_seed(0)
         engine = Engine(build_method(config, build_tokenizer(config)), config, resolved, device)
         # Away from the symmetric start, where some gradients vanish.
         starts = range(rank * share, (rank + 1) * share, size)
-        terms = engine("train", {"micro_batches": [micro_batch(start, start + size) for start in starts]})
-        engine.backward(terms["loss"])
+        with planted(mistake, rank, world_size, accumulation):
+            terms = engine("train", {"micro_batches": [micro_batch(start, start + size) for start in starts]})
+            engine.backward(terms["loss"])
         found = {}
         for name, parameter in engine.method.named_parameters():
             if parameter.requires_grad:
@@ -105,22 +129,37 @@ def worst_error(found: dict, expected: dict) -> tuple[float, str]:
 @pytest.fixture(scope="module")
 def reference():
     """One rank, ZeRO 0, whole batch at once."""
-    return run_distributed(gradients_on_rank, 1, [(0, 1)])[0][0]
+    return run_distributed(gradients_on_rank, 1, [(0, 1, None)])[0][0]
+
+
+def check_mistakes_are_caught(results: list[dict], reference: dict) -> None:
+    for mistake, result in zip(MISTAKES if results else (), results, strict=True):
+        error, name = worst_error(result["gradients"], reference["gradients"])
+        print(mistake, error, name)
+        # A hundred times what the check allows: far from rounding.
+        assert error > 100 * TOLERANCE, mistake
+        assert (name == "model.logit_scale.log_value") == mistake.startswith("temperature")
+        # The value of the loss shows wrong labels only; the others spoil nothing but gradients.
+        unseen = math.isclose(result["loss"], reference["loss"], rel_tol=1e-6)
+        assert unseen == (mistake != "labels off by one rank"), mistake
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_gradient_equals_one_rank(world_size, reference):
-    cases = [(stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 8)]
+    cases = [(stage, accumulation, None) for stage in (0, 1, 2, 3) for accumulation in (1, 8)]
     if world_size == 4:
         # Eight micro-batches of one sample; two stages are enough where every rank costs a core.
-        cases = [(1, 1), (2, 8), (3, 8)]
-    results = run_distributed(gradients_on_rank, world_size, cases, timeout_s=500)[0]
+        cases = [(1, 1, None), (2, 8, None), (3, 8, None)]
+    planted_cases = [(1, 4, mistake) for mistake in MISTAKES] if world_size == 2 else []
+    results = run_distributed(gradients_on_rank, world_size, cases + planted_cases, timeout_s=500)[0]
+    check_mistakes_are_caught(results[len(cases) :], reference)
+    results = results[: len(cases)]
     for case, result in zip(cases, results, strict=True):
         assert math.isclose(result["loss"], reference["loss"], rel_tol=1e-6), case
         assert result["gradients"].keys() == reference["gradients"].keys()
         error, name = worst_error(result["gradients"], reference["gradients"])
         print(world_size, case, error, name)
-        assert error < 5e-6, (case, name)
+        assert error < TOLERANCE, (case, name)
         for name in ("model.logit_scale.log_value", "model.image_tower.patch_embed.weight"):
             assert name in result["gradients"]

@@ -4,7 +4,7 @@ import json
 import math
 
 from trainer.config import LoggingConfig
-from trainer.metrics import MetricsWriter, truncate_metrics
+from trainer.metrics import MetricsWriter, truncate_records
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -23,10 +23,10 @@ def test_truncation_drops_later_steps_and_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
     path.write_text("".join(lines) + '{"step": 2, "lo')
-    assert truncate_metrics(tmp_path, 3) == 3
+    assert truncate_records(tmp_path, 3) == 3
     assert path.read_text() == "".join(lines[:3])
-    assert truncate_metrics(tmp_path, 3) == 0
-    assert truncate_metrics(tmp_path / "nowhere", 3) == 0
+    assert truncate_records(tmp_path, 3) == 0
+    assert truncate_records(tmp_path / "nowhere", 3) == 0
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

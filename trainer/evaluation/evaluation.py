@@ -123,11 +123,6 @@ class Evaluation:
 
     def _retrieval(self, encoder: Encoder, data: EvalData, test: Embedded) -> dict[str, float]:
         texts = [caption for entry in test.captions for caption in entry]
-        if not all(test.captions):
-            raise ConfigError(
-                f"eval set '{data.name}': retrieval needs captions, sample "
-                f"'{test.metadata[test.captions.index([])]['key']}' has none; set tasks: [zero_shot]"
-            )
         owners = [row for row, entry in enumerate(test.captions) for _ in entry]
         embeddings = encode_texts(encoder, self._tokenizer, texts, self._config.eval.batch_size)
         return retrieval_figures(test.images, embeddings, torch.tensor(owners, device=test.images.device))

@@ -1,5 +1,6 @@
 """Evaluation sets: folders in CLIP_benchmark's WebDataset layout, image folders, built-in sets, or plain shards."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainer.config import EvalSet
 from trainer.errors import ConfigError
 
 _DEFAULT_TEMPLATES = ["{c}"]
+_MAX_LIST_BYTES = 16 << 20
 _NEED_CLASSES = ("zero_shot", "linear_probe", "few_shot", "bias")
 _NEED_TRAINING = ("linear_probe", "few_shot")
 # Lists that ship with open_clip.
@@ -76,6 +78,12 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
                 f"eval.sets.{name}: {task} needs class names, '{config.data}' has no classnames.txt (CLIP_benchmark's "
                 "layout); add it, set class_names, or set tasks: [retrieval]"
             )
+    uncaptioned = 0 if isinstance(test, ImageFolder) else sum(source.num_uncaptioned for source in test)
+    if "retrieval" in config.tasks and (uncaptioned or isinstance(test, ImageFolder)):
+        raise ConfigError(
+            f"eval.sets.{name}: retrieval needs captions, which {uncaptioned or 'the'} samples of '{config.data}' "
+            "lack; set tasks: [zero_shot]"
+        )
     if "bias" in config.tasks and not config.probe:
         raise ConfigError(f"eval.sets.{name}: bias needs 'probe', class names by category, and 'probe_group'")
     templates = _templates(name, config, folder)
@@ -88,7 +96,8 @@ def _open(place: str | Path, folder: Path | None, cache: Path, store: IndexStore
         place = place if place.is_dir() else folder
         if not any(place.glob("*.tar")) and any(entry.is_dir() for entry in place.iterdir()):
             return open_image_folder(place)
-    return load_sources(parse_sources(str(place), cache), store)
+        place = _shards(place)
+    return load_sources(parse_sources(place, cache), store, captions=False)
 
 
 def _class_names(name: str, config: EvalSet, folder: Path | None, test: Samples) -> list[str]:
@@ -129,6 +138,16 @@ def _listed(
     return lines
 
 
+def _shards(folder: Path) -> str | list[str]:
+    """The tars of a folder: those nshards.txt counts, so that a missing one is noticed, else all there are."""
+    lines = _lines(folder / "nshards.txt")
+    if not lines:
+        return str(folder)
+    if len(lines) > 1 or not re.fullmatch(r"[1-9]\d{0,5}", lines[0]):
+        raise ConfigError(f"{folder / 'nshards.txt'} must hold the number of shards, got {lines[0][:80]!r}")
+    return [str(folder / f"{number}.tar") for number in range(int(lines[0]))]
+
+
 def _folder(data: str, cache: Path) -> Path | None:
     prefix, _, split = data.partition("/")
     if prefix == DEMO_NAME:
@@ -143,6 +162,13 @@ def _folder(data: str, cache: Path) -> Path | None:
 
 
 def _lines(path: Path) -> list[str]:
+    """Lines that are not blank, stripped, as CLIP_benchmark reads them; none without the file."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise ConfigError(f"{path} has more than {_MAX_LIST_BYTES} bytes; that is no list of names")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]

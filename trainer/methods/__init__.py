@@ -23,7 +23,7 @@ def parse_method(values: dict[str, Any]) -> tuple[str, Section]:
     """
     settings = dict(values)
     name = settings.pop("name")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ConfigError(f"unknown method.name '{name}': {hint}known: {', '.join(sorted(METHODS))}")

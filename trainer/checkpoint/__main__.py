@@ -1,0 +1,133 @@
+"""Look after the checkpoints of a run: list, verify, consolidate. Needs neither ranks nor a GPU."""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+from trainer.errors import ConfigError
+
+_EPILOG = """examples:
+  python -m trainer.checkpoint list runs/declip
+  python -m trainer.checkpoint verify runs/declip
+  python -m trainer.checkpoint verify runs/declip --step 10000
+  python -m trainer.checkpoint consolidate runs/declip --out declip.safetensors
+  python -m trainer.checkpoint consolidate runs/declip --step 10000 --out w.safetensors --full_state all.safetensors
+
+exit codes: 0 all is well, 1 verify found damage, 2 bad input
+"""
+_DAMAGED = 1
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.checkpoint",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|consolidate")
+    listing = commands.add_parser("list", help="a table of the checkpoints, newest first")
+    verify = commands.add_parser("verify", help="compare every byte with the checksums taken when it was written")
+    consolidate = commands.add_parser("consolidate", help="write the weights as one safetensors file")
+    for command in (listing, verify, consolidate):
+        command.add_argument("run", metavar="RUN", help="folder of the run")
+    verify.add_argument("--step", type=int, metavar="N", help="only this checkpoint (default: all)")
+    consolidate.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+    consolidate.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    consolidate.add_argument("--full_state", metavar="FILE", help="also the optimizer's and the method's state")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    arguments = parse_arguments(argv)
+    found = _checkpoints(Path(arguments.run), getattr(arguments, "step", None))
+    if arguments.command == "list":
+        _list(found)
+        return 0
+    if arguments.command == "verify":
+        return _verify(found)
+    _consolidate(found[0], Path(arguments.out), arguments.full_state and Path(arguments.full_state))
+    return 0
+
+
+def _checkpoints(run: Path, step: int | None) -> list[Path]:
+    from trainer.checkpoint.folders import list_checkpoints, step_of
+
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder; give the folder of a run")
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise ConfigError(f"{run} has no checkpoints; give the folder of a run (what --run_dir was)")
+    if step is None:
+        return found
+    chosen = [folder for folder in found if step_of(folder) == step]
+    if not chosen:
+        steps = ", ".join(str(step_of(folder)) for folder in found[:10])
+        raise ConfigError(f"{run} has no checkpoint of step {step}; it has those of steps {steps}")
+    return chosen
+
+
+def _list(found: list[Path]) -> None:
+    import rich.console
+    import rich.table
+
+    from trainer.checkpoint.folders import quick_problems, read_manifest, step_of
+
+    table = rich.table.Table("step", "samples", "world size", "ZeRO", "size", "saved", "state")
+    for folder in found:
+        problems = quick_problems(folder)
+        try:
+            manifest = read_manifest(folder)
+        except ValueError as error:
+            table.add_row(str(step_of(folder)), "", "", "", "", "", f"damaged: {error}")
+            continue
+        size = sum(entry["size"] for entry in manifest["files"].values())
+        saved = datetime.datetime.fromtimestamp(manifest.get("saved", 0)).strftime("%Y-%m-%d %H:%M:%S")
+        cells = [manifest.get(key, "") for key in ("samples", "world_size", "stage")]
+        state = f"damaged: {problems[0]}" if problems else "complete"
+        table.add_row(str(step_of(folder)), *map(str, cells), f"{size / 2**20:.1f} MiB", saved, state)
+    # Wide enough for any row where nobody watches: a log or a pipe has no columns.
+    width = None if sys.stdout.isatty() else 1000
+    rich.console.Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _verify(found: list[Path]) -> int:
+    from trainer.checkpoint.folders import verify_alone
+
+    code = 0
+    for folder in found:
+        problems = verify_alone(folder)
+        for problem in problems:
+            print(f"{folder}: {problem}")
+        if problems:
+            code = _DAMAGED
+        else:
+            print(f"{folder}: every byte is as written")
+    return code
+
+
+def _consolidate(folder: Path, out: Path, full_state: Path | None) -> None:
+    from trainer.checkpoint.consolidate import consolidate
+    from trainer.checkpoint.folders import verify_alone
+
+    problems = verify_alone(folder)
+    if problems:
+        raise ConfigError(f"checkpoint {folder} is damaged: {problems[0]}; choose another with --step")
+    for path in (out, full_state):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: {path.parent} is no folder; create it or choose another file")
+    count = consolidate(folder, out, full_state)
+    print(f"wrote {count} tensors of {folder} to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    if full_state is not None:
+        print(f"wrote the optimizer's and the method's state to {full_state}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
