@@ -1,8 +1,11 @@
 """Files as an attacker, or the web, would have them: pictures, captions and JSON that must do no harm."""
 
 import io
+import json
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -162,6 +165,92 @@ def odd_pictures() -> dict[str, bytes]:
         "jpeg_exif": jpeg_with(jpeg_segment(0xE1, b"Exif\0\0" + overlapping_exif(65_000))),
         "jpeg_mpf": jpeg_with(jpeg_segment(0xE2, b"MPF\0" + overlapping_exif(65_000))),
         "jpeg_many_segments": jpeg_with(jpeg_segment(0xE5, bytes(100)) * 40_000),
-        "jpeg_icc": jpeg_with(b"".join(jpeg_segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(65_000)) for _ in range(200))),
+        "jpeg_icc": jpeg_with(b"".join(jpeg_segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(65_000)) for _ in range(40))),
         "jpeg_and_video": encoded("JPEG") + b"\xff\xda" * 5000,
     }
+
+
+def refused_texts() -> dict[str, tuple[dict[str, bytes], str]]:
+    """Name -> (members beside a good picture, words of the reason)."""
+    return {
+        "latin1": ({"txt": "caf\u00e9".encode("latin1")}, "not UTF-8"),
+        "utf16": ({"txt": "a cat".encode("utf-16")}, "not UTF-8"),
+        "surrogate": ({"txt": b"a \xed\xa0\x80 cat"}, "not UTF-8"),
+        "blank": ({"txt": " \t\n\u00a0\u3000".encode()}, "the caption is empty"),
+        "nul": ({"txt": bytes(300)}, "no readable character"),
+        "control": ({"txt": b"\x01\x02\x1b\x7f"}, "no readable character"),
+        "large": ({"txt": b"cat " * 300_000}, "above the limit of 1048576"),
+        "json_deep": ({"txt": b"cat", "json": b"[" * 100_000}, "not JSON"),
+        "json_deep_object": ({"txt": b"cat", "json": b'{"a":' * 100_000}, "not JSON"),
+        "json_number": ({"txt": b"cat", "json": b'{"a": ' + b"9" * 100_000 + b"}"}, "not JSON"),
+        "json_list": ({"txt": b"cat", "json": b"[1, 2]"}, "holds a list"),
+        "json_cut": ({"txt": b"cat", "json": b'{"captions": ["a"'}, "not JSON"),
+        "json_latin1": ({"txt": b"cat", "json": b'{"a": "\xe9"}'}, "not JSON"),
+        "json_large": ({"txt": b"cat", "json": b'{"a": "' + b"x" * (4 * MIB) + b'"}'}, "above the limit of 4194304"),
+    }
+
+
+def odd_texts() -> dict[str, dict[str, bytes]]:
+    """Name -> members beside a good picture. All of them are read."""
+    return {
+        "100_kB": {"txt": b"cat " * 25_000},
+        "one_word": {"txt": b"c" * 100_000},
+        "bidi": {"txt": "a \u202egnihton\u202c cat \u200b\u2066x\u2069".encode()},
+        "bom": {"txt": b"\xef\xbb\xbfa cat"},
+        "nul_inside": {"txt": b"a\0cat\0"},
+        "escape": {"txt": b"\x1b[31ma cat\x1b[0m"},
+        "json_surrogate": {"json": b'{"captions": ["a \\ud800 cat"]}'},
+        "json_infinite": {"txt": b"cat", "json": b'{"a": 1e400, "b": NaN, "c": -Infinity}'},
+        "json_twice": {"txt": b"cat", "json": b'{"captions": ["dog"], "captions": []}'},
+        "json_types": {"txt": b"cat", "json": b'{"captions": [1, null, {}, " "], "caption": 5, "key": "other"}'},
+        "many_captions": {"json": json.dumps({"captions": ["a"] * 200_000}).encode()},
+    }
+
+
+# Names no key should have. They are only ever names: nothing of an archive is written to disk.
+ODD_KEYS = (
+    "/etc/cron.d/evil",
+    "../../evil",
+    "a/../../evil",
+    "\x1b[2J\x07bell",
+    "new\nline",
+    "\u202egpj",
+    "k" * 300,
+    "a//b",
+    "~",
+)
+
+
+def write_hostile_shard(path: Path, good: int = 24) -> dict[str, str]:
+    """A shard of everything above between good samples, links and devices.
+
+    Returns:
+        Key of every bad sample -> words of its reason.
+    """
+    picture = encoded("JPEG")
+    samples: list[tuple[str, dict[str, bytes]]] = []
+    expected = {}
+    for name, (data, words) in refused_pictures().items():
+        samples.append((f"bad_{name}", {"jpg": data, "txt": b"a cat"}))
+        expected[f"bad_{name}"] = words
+    for name, (members, words) in refused_texts().items():
+        samples.append((f"bad_{name}", {"jpg": picture, **members}))
+        expected[f"bad_{name}"] = words
+    samples += [(f"odd_{name}", {"jpg": data, "txt": b"a cat"}) for name, data in odd_pictures().items()]
+    samples += [(f"odd_{name}", {"jpg": picture, **members}) for name, members in odd_texts().items()]
+    samples += [(key, {"jpg": picture, "txt": b"a cat"}) for key in ODD_KEYS]
+    samples += [(f"good_{number}", {"jpg": picture, "txt": b"a good cat"}) for number in range(good)]
+    members = [(f"{key}.{extension}", data) for key, parts in samples for extension, data in parts.items()]
+    # The members of a sample need not stand side by side.
+    members.append(members.pop(0))
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        special = {"fifo": tarfile.FIFOTYPE, "disk": tarfile.BLKTYPE, "hard": tarfile.LNKTYPE, "soft": tarfile.SYMTYPE}
+        for name, kind in special.items():
+            info = tarfile.TarInfo(f"link_{name}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    return expected
