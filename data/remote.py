@@ -241,7 +241,8 @@ class RemoteCache:
         except urllib.error.HTTPError as error:
             raise FetchError(
                 f"{name}: HTTP status {error.code}",
-                permanent=error.code in _PERMANENT_STATUS,
+                # Redirections that reach this place lead nowhere, or in a circle.
+                permanent=error.code in _PERMANENT_STATUS or 300 <= error.code < 400,
                 absent=error.code in (403, 404, 410),
             ) from None
         except (OSError, http.client.HTTPException) as error:

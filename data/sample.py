@@ -17,6 +17,8 @@ from data.tokenizer import ClipTokenizer
 __all__ = ["TEXT_VIEWS", "EvalTransform", "SampleTransform", "SampleViews"]
 
 TEXT_VIEWS = ("original", "eda", "masked")
+# Start and end token.
+_EMPTY_CAPTION = 2
 
 
 class SampleViews(NamedTuple):
@@ -86,7 +88,7 @@ class SampleTransform:
             key: (seed, source, epoch, sample): with the view it decides every random number.
 
         Raises:
-            BadSample: A picture that cannot be decoded, or no caption.
+            BadSample: A picture that cannot be decoded, or no caption, or one of control characters only.
         """
         if not captions:
             raise BadSample("sample has no caption")
@@ -100,6 +102,8 @@ class SampleTransform:
 
     def _text_views(self, images: np.ndarray, caption: str, key: tuple[int | str, ...]) -> SampleViews:
         original = self.tokenizer.encode(caption)
+        if len(original) == _EMPTY_CAPTION:
+            raise BadSample("the caption has no readable character")
         views = SampleViews(images, [], [], [])
         for view, kind in enumerate(self.text_views):
             if kind == "original":
