@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.faults < 1:
         parser.error(f"--faults {arguments.faults}: give at least 1")
     command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if argv is None else argv)])
-    console = Console()
+    console = Console(soft_wrap=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     campaign = Campaign(folder, report=lambda outcome: console.print(_line(outcome, arguments.faults), markup=False))
     try:

@@ -116,7 +116,8 @@ class Attempt:
     def advanced(self) -> int:
         """Steps logged since this attempt began."""
         found = self.records()
-        return max(records.steps(found), default=0) - (records.resumed_at(found) or 0) if found else 0
+        start = records.resumed_at(found) or 0
+        return max(records.steps(found), default=start) - start
 
     def wait_for(self, condition: Callable[[], bool], limit_s: float) -> bool:
         """Whether the condition came true before the attempt ended or the time was over."""

@@ -211,7 +211,7 @@ class Campaign:
         self._settle(stage, attempt)
         outcome.last_step = max(records.steps(attempt.records()), default=0)
         outcome.published = records.published(stage.run_dir)
-        outcome.lost = _lost_at_end(outcome, before, fault)
+        outcome.lost = lost_at_end(outcome, before, fault)
         outcome.divergent = self._new_differences(stage, reference)
         self._unsettled[outcome.number] = records.half_written(stage.run_dir)
         self._report(outcome)
@@ -256,7 +256,7 @@ class Campaign:
         self.final_problems += [f"{line.ranks} rank(s): {problem}" for problem in problems]
 
 
-def _lost_at_end(outcome: Outcome, before: int, fault: Fault) -> str:
+def lost_at_end(outcome: Outcome, before: int, fault: Fault) -> str:
     """Progress beyond the steps since the last checkpoint, in words; what was published must still be there."""
     if outcome.published < before:
         return f"step {before} was published, the newest is {outcome.published} now"
