@@ -84,6 +84,7 @@ def problems(campaign: Campaign) -> list[str]:
     found = []
     for outcome in campaign.outcomes:
         reasons = [] if outcome.struck else ["the attempt ended before it"]
+        reasons += ["the run ended, although the fault passes"] if outcome.gave_up else []
         reasons += ["did not end in time"] if outcome.hang else []
         reasons += [outcome.lost] if outcome.lost else []
         reasons += [f"differs: {text}" for text in outcome.divergent[:3]]
@@ -134,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.faults < 1:
         parser.error(f"--faults {arguments.faults}: give at least 1")
     command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if argv is None else argv)])
-    console = Console(soft_wrap=True)
+    # In a log the table keeps its width.
+    console = Console(width=None if sys.stdout.isatty() else 240)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     campaign = Campaign(folder, report=lambda outcome: console.print(_line(outcome, arguments.faults), markup=False))
     try:

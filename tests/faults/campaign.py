@@ -54,6 +54,7 @@ class Outcome:
         after: Steps the attempt had logged when the fault struck.
         struck: False if the attempt ended before.
         survived: The attempt came to its own end in spite of the fault.
+        gave_up: It did not, although the fault was one that passes.
         code: Exit code of the launcher; negative for a signal.
         seconds: From the fault to the end.
         last_step: Newest step on record at the end.
@@ -73,6 +74,7 @@ class Outcome:
     after: int = 0
     struck: bool = False
     survived: bool = False
+    gave_up: bool = False
     code: int = 0
     seconds: float = 0.0
     last_step: int = 0
@@ -87,7 +89,8 @@ class Outcome:
     @property
     def clean(self) -> bool:
         """Whether it struck and nothing was lost, changed or left behind."""
-        return self.struck and not (self.hang or self.lost or self.divergent or self.left_over or self.half_written)
+        spoiled = self.gave_up or self.hang or self.lost or self.divergent or self.left_over or self.half_written
+        return self.struck and not spoiled
 
 
 def plan(seed: int, count: int, names: list[str], *, one_rank_share: float = 0.3) -> list[Line]:
@@ -208,6 +211,7 @@ class Campaign:
         outcome.code, outcome.seconds = ending.code, ending.seconds
         outcome.hang, outcome.left_over = not ending.in_time, ending.left_over
         outcome.survived = outcome.struck and not ending.code and not fault.saves_before_end
+        outcome.gave_up = fault.passes and not outcome.survived
         self._settle(stage, attempt)
         outcome.last_step = max(records.steps(attempt.records()), default=0)
         outcome.published = records.published(stage.run_dir)

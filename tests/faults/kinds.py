@@ -47,6 +47,7 @@ class Fault:
         min_ranks: World size that it needs.
         saves_before_end: The run is told to end and can: no step may be repeated.
         may_skip_saves: Nothing can be saved while it lasts.
+        passes: It is over soon, and the run must go on by itself.
         steps: How far the run may get in this attempt.
     """
 
@@ -56,6 +57,7 @@ class Fault:
     min_ranks: ClassVar[int] = 1
     saves_before_end: ClassVar[bool] = False
     may_skip_saves: ClassVar[bool] = False
+    passes: ClassVar[bool] = False
 
     def __init__(self, rng: random.Random) -> None:
         self.after = rng.randint(1, 10)
@@ -282,6 +284,7 @@ class FromServer(Fault):
 class ServerDrops(FromServer):
     name = "http_drop"
     what = "web server drops the first one or two connections for each file"
+    passes = True
 
     def act(self, stage: Stage, attempt: Attempt) -> None:
         stage.server.misbehave("drop", self.times)
@@ -290,6 +293,7 @@ class ServerDrops(FromServer):
 class ServerStalls(FromServer):
     name = "http_stall"
     what = "web server pauses in every file, and falls silent for good in one"
+    passes = True
 
     def act(self, stage: Stage, attempt: Attempt) -> None:
         stage.server.misbehave("stall" if self.times == 1 else "slow", 1, self.pause_s)
@@ -298,6 +302,7 @@ class ServerStalls(FromServer):
 class ServerSendsHalf(FromServer):
     name = "http_half"
     what = "web server sends the first half of each file as if it were the whole"
+    passes = True
 
     def act(self, stage: Stage, attempt: Attempt) -> None:
         stage.server.misbehave("half", self.times)
