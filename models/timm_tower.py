@@ -101,7 +101,7 @@ class TimmTower(nn.Module):
             ) from None
 
     def _create_filled(self, overlay: dict[str, Any]) -> nn.Module:
-        """Has timm load weights with or without a classifier; only where their number of classes agrees is it strict."""
+        """Has timm load weights with or without a classifier; it is strict only where their numbers agree."""
         import timm
 
         options = {"pretrained": True, **self._size_argument}
