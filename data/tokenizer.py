@@ -111,6 +111,11 @@ class ClipTokenizer:
                 break
         return [self.sot_id, *ids[:room], self.eot_id]
 
+    def published_files(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Vocabulary (stock CLIP's, without the mask token) and merges, as other libraries' tokenizers read them."""
+        symbols = [*self._symbols, "<|startoftext|>", "<|endoftext|>"]
+        return {symbol: index for index, symbol in enumerate(symbols)}, _read_merges(self.merges_path)
+
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids, special ids left out; broken UTF-8 sequences become U+FFFD."""
         text_ids = (index for index in ids if index < len(self._symbols))

@@ -161,18 +161,24 @@ def fill_backbone(backbone: nn.Module, state: dict[str, Tensor], source: str) ->
 
 
 def read_pixel_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the pixels a model was trained on, from its preprocessor_config.json, if any."""
-    folder = Path(source)
-    if folder.is_dir():
-        path = folder / "preprocessor_config.json"
-    else:
+    """Mean and standard deviation of the pixels a model was trained on, from its processor's configuration, if any."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        values = _read_json(source, name)
+        values = values.get("image_processor", values)
+        if values.get("image_mean") and values.get("image_std"):
+            return tuple(values["image_mean"]), tuple(values["image_std"])
+    return None
+
+
+def _read_json(source: str, name: str) -> dict[str, Any]:
+    path = Path(source) / name
+    if not Path(source).is_dir():
         from transformers.utils import cached_file
 
-        found = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        path = Path(found) if found else None
-    if path is None or not path.is_file():
-        return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not (values.get("image_mean") and values.get("image_std")):
-        return None
-    return tuple(values["image_mean"]), tuple(values["image_std"])
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        path = Path(found) if found else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

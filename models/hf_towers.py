@@ -16,7 +16,7 @@ from models.hf_backbone import (
     unused_parameters,
 )
 from models.sequences import copy_to
-from models.text import check_caption_shapes, check_lengths, split_state_rows
+from models.text import check_caption_shapes, check_lengths, last_states, split_state_rows
 from models.transformer import Linear
 from models.vit import check_image_shape
 
@@ -218,18 +218,24 @@ class HfTextTower(nn.Module):
         rows = None
         if state_rows is not None:
             rows = torch.stack(split_state_rows(state_rows.cpu(), text_lengths, num_positions))
-        longest = self.context_length if self.is_padded else int(text_lengths.max())
         lengths = copy_to(text_lengths, token_ids.device)
-        token_ids = F.pad(token_ids[:, :longest], (0, max(0, longest - num_positions)))
-        inside = torch.arange(longest, device=token_ids.device) < lengths[:, None]
-        token_ids = token_ids.masked_fill(~inside, self.pad_id)
-        mask = None if self.is_padded else inside.long()
-        output = self.backbone(input_ids=token_ids, attention_mask=mask)
-        features = self.proj(self._pool(output, lengths, inside))
+        features, states = self._encode(token_ids[:, : int(text_lengths.max())], lengths)
         if rows is None:
             return features, None
         caption, position = copy_to(rows, token_ids.device)
-        return features, output.last_hidden_state[caption, position]
+        return features, states[caption, position]
+
+    def encode_padded(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """Features as those of `forward`, by tensor operations of fixed shapes alone, for export.
+
+        Args:
+            token_ids: int64 [n, T], T <= context_length.
+            text_lengths: int64 [n], on the device of the ids.
+
+        Returns:
+            [n, embed_dim], not normalised.
+        """
+        return self._encode(token_ids, text_lengths)[0]
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the ids on; the projection is in none of them."""
@@ -238,6 +244,14 @@ class HfTextTower(nn.Module):
     def load_pretrained(self) -> None:
         """Loads the weights of the source; see `models.hf_backbone.load_backbone`."""
         load_backbone(self.backbone, self.source)
+
+    def _encode(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_padded:
+            token_ids = F.pad(token_ids, (0, self.context_length - token_ids.shape[1]))
+        inside = torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None]
+        token_ids = token_ids.masked_fill(~inside, self.pad_id)
+        output = self.backbone(input_ids=token_ids, attention_mask=None if self.is_padded else inside.long())
+        return self.proj(self._pool(output, lengths, inside)), output.last_hidden_state
 
     def _try(self, twin: nn.Module) -> tuple[Tensor, Tensor]:
         length = self.context_length if self.is_padded else 2
@@ -257,8 +271,7 @@ class HfTextTower(nn.Module):
         if self.pooling == "mean":
             weights = inside[..., None].to(states.dtype)
             return (states * weights).sum(dim=1) / weights.sum(dim=1)
-        last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
-        return states.gather(1, last).squeeze(1)
+        return last_states(states, lengths)
 
 
 def make_projection(projection: Projection, width: int, embed_dim: int, what: str) -> nn.Module:

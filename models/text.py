@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sequences import PackedSequences, copy_to
+from models.sequences import PackedSequences, UniformSequences, copy_to
 from models.transformer import Linear, Transformer, TransformerInit
 
 TOKEN_EMBEDDING_STD = 0.02
@@ -94,11 +94,34 @@ class TextTransformer(nn.Module):
         features = self.text_projection(states[: len(token_ids)])
         return features, None if state_rows is None else states[len(token_ids) :]
 
+    def encode_padded(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """Features as those of `forward`, by tensor operations of fixed shapes alone, for export.
+
+        Args:
+            token_ids: int64 [n, T], T <= context_length.
+            text_lengths: int64 [n], on the device of the ids.
+
+        Returns:
+            [n, embed_dim], not normalised.
+        """
+        count, length = token_ids.shape
+        x = self.token_embedding(token_ids) + self.positional_embedding[:length]
+        x = self.transformer(x.flatten(0, 1), UniformSequences(count, length, is_causal=True)).unflatten(
+            0, (-1, length)
+        )
+        return self.text_projection(self.ln_final(last_states(x, text_lengths)))
+
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the ids to the projection."""
         *blocks, last = self.transformer.resblocks
         embeddings = [self.token_embedding, self.positional_embedding]
         return [embeddings, *([block] for block in blocks), [last, self.ln_final], [self.text_projection]]
+
+
+def last_states(states: Tensor, text_lengths: Tensor) -> Tensor:
+    """States [n, width] of the last token of each caption, of states [n, T, width] and lengths int64 [n]."""
+    last = (text_lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
+    return states.gather(1, last).squeeze(1)
 
 
 def check_caption_shapes(token_ids: Tensor, text_lengths: Tensor, context_length: int) -> None:

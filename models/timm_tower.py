@@ -48,7 +48,8 @@ class TimmTower(nn.Module):
         self.model_name = model_name
         self.image_size = image_size or config.input_size[-1]
         self.embed_dim = embed_dim
-        self._size_argument = {"img_size": self.image_size} if config.fixed_input_size else {}
+        self.has_fixed_size = bool(config.fixed_input_size)
+        self._size_argument = {"img_size": self.image_size} if self.has_fixed_size else {}
         self.trunk = timm.create_model(model_name, pretrained=False, num_classes=0, **self._size_argument)
         self.has_batch_norm = replace_batch_norms(self.trunk, sync_batch_norm) > 0
         refuse_scalars(self.trunk, f"timm architecture {model_name!r}")

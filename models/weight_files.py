@@ -96,7 +96,8 @@ def _read_torchscript(file: Path) -> dict[str, Tensor]:
         def persistent_load(self, identity: tuple) -> torch.storage.TypedStorage:
             _, storage_type, key, _, count = identity
             flat = reader.get_storage_from_record(f"data/{key}", count, storage_type.dtype)
-            return torch.storage.TypedStorage(wrap_storage=flat.untyped_storage(), dtype=storage_type.dtype)
+            wrapped = flat.untyped_storage()
+            return torch.storage.TypedStorage(wrap_storage=wrapped, dtype=storage_type.dtype, _internal=True)
 
     module = Unpickler(io.BytesIO(reader.get_record("data.pkl"))).load()
     tensors: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
 from models.fitting import fit_state
 from models.foreign_layouts import convert, detect_format
+from models.hf_backbone import read_pixel_statistics
 from models.hf_towers import HfImageTower, HfTextTower
 from models.timm_tower import TimmTower
 from models.weight_files import read_weights
@@ -121,9 +122,7 @@ def _check_companions(config: ModelConfig, layout: str) -> None:
         pixels = (given.get("mean", CLIP_MEAN), given.get("std", CLIP_STD))
         activation = "quick_gelu" if described.get("model_cfg", {}).get("quick_gelu") else "gelu"
     elif layout == "huggingface":
-        given = _read_json(folder / "preprocessor_config.json")
-        if given.get("image_mean") and given.get("image_std"):
-            pixels = (given["image_mean"], given["image_std"])
+        pixels = read_pixel_statistics(str(folder))
         if not config.name.startswith("hf:"):
             activation = _read_json(folder / "config.json").get("text_config", {}).get("hidden_act", "quick_gelu")
     _check_pixels(config, pixels, config.pretrained)

@@ -88,12 +88,13 @@ def test_openai_archives(name, tmp_path):
     reference = reference.half().float().eval()
     images = torch.randn(1, 3, *[32 if name.startswith("vit") else 64] * 2)
     captions = make_captions(300, 16, [5, 16])
-    inputs = {"encode_image": (images,), "encode_text": (captions[0],)}
-    archive = torch.jit.trace_module(reference, inputs, check_trace=False)
     # OpenAI's archives hold these sizes as tensors, and weights in half precision.
     for size in ("input_resolution", "context_length", "vocab_size"):
-        archive.register_buffer(size, torch.tensor(16))
-    archive.half().save(tmp_path / "model.pt")
+        vars(reference).pop(size, None)
+        reference.register_buffer(size, torch.tensor(16))
+    inputs = {"encode_image": (images,), "encode_text": (captions[0],)}
+    torch.jit.trace_module(reference, inputs, check_trace=False).half().save(tmp_path / "model.pt")
+    reference.float()
     model = make_model(name)
     assert load(model, read_weights(tmp_path / "model.pt"), "openai") == []
     assert_same_outputs(model, reference, images.shape[-1], captions)
