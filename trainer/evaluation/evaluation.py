@@ -6,7 +6,7 @@ import torch
 
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.errors import ConfigError
@@ -31,7 +31,7 @@ class Evaluation:
         DataError: A shard that cannot be indexed.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: ClipTokenizer, place: Place) -> None:
+    def __init__(self, config: RunConfig, tokenizer: CaptionTokenizer, place: Place) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._place = place

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.engine import Engine
 from trainer.evaluation.encode import encode_texts
 
@@ -11,7 +11,7 @@ _TILE_ROWS = 4096
 
 
 def class_embeddings(
-    engine: Engine, tokenizer: ClipTokenizer, class_names: list[str], templates: list[str], batch_size: int
+    engine: Engine, tokenizer: CaptionTokenizer, class_names: list[str], templates: list[str], batch_size: int
 ) -> Tensor:
     """Unit-norm class embeddings [C, embed_dim]: the normalised mean over the templates' unit-norm embeddings."""
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
