@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.clip import ClipModel
+from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
 from models.open_clip_mapping import to_open_clip
 from models.registry import ARCHITECTURES, HEAD_WIDTH, build_model
 from trainer.methods import METHODS, Method, parse_method
-from trainer.methods.base import IMAGENET_MEAN, IMAGENET_STD
 
 CONTEXT_LENGTH = 77
 # CLIP's 49,408 ids and the mask token of masked language modelling; without that task the last one is never used.

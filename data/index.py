@@ -25,9 +25,12 @@ from data.errors import DataError, printable
 from data.remote import FetchError, RemoteCache, display_name
 from data.shard_index import ShardIndex, ShardMeta, load_meta, scan_stream
 from data.sources import Source, is_remote, parse_sources
+from data.tar_reader import has_end_mark
 
 _SCAN_BUFFER = 64 << 10
 _THREADS = 8
+# How often a remote shard that looks cut short is fetched before that is believed.
+_SCANS = 3
 # Opening fewer indexes than this one by one takes less than a second.
 _SUMMARY_FROM = 512
 _Result = TypeVar("_Result")
@@ -156,10 +159,28 @@ class IndexStore:
                 # A server may answer anything where there is no index.
                 with suppress(DataError):
                     return ShardIndex.load(io.BytesIO(content))
-            with self.remote.open(shard) as stream:
-                return scan_stream(stream, os.fstat(stream.fileno()).st_size, name=display_name(shard))
+            return self._scan_remote(shard)
         except FetchError as error:
             raise DataError(f"{error.reason}; check the URL and the network") from None
+
+    def _scan_remote(self, shard: str) -> ShardIndex:
+        """Scans a fetched shard; one that is damaged, or may have been cut between two members, is fetched again."""
+        for attempt in range(_SCANS - 1):
+            with self.remote.open(shard) as stream, suppress(DataError):
+                size = os.fstat(stream.fileno()).st_size
+                index = scan_stream(stream, size, name=display_name(shard))
+                # Archives without an end mark exist; most that lack it have lost their second part on the way.
+                if has_end_mark(stream, size):
+                    return index
+            self.remote.discard(shard)
+            self.remote.pause(attempt)
+        try:
+            with self.remote.open(shard) as stream:
+                return scan_stream(stream, os.fstat(stream.fileno()).st_size, name=display_name(shard))
+        except DataError:
+            # Not kept: the next start should find what the server has by then.
+            self.remote.discard(shard)
+            raise
 
 
 def sidecar_path(shard: str) -> Path:

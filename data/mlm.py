@@ -25,15 +25,22 @@ class MaskedTokens(NamedTuple):
 
 
 def mask_tokens(
-    token_ids: list[int], rng: np.random.Generator, *, mask_id: int, probability: float = 0.15
+    token_ids: list[int],
+    rng: np.random.Generator,
+    *,
+    mask_id: int,
+    probability: float = 0.15,
+    text_ids: np.ndarray | None = None,
 ) -> MaskedTokens:
     """Selects tokens at random; 80 % of them become the mask id, 10 % a random id, 10 % stay.
 
     Args:
         token_ids: ids of one caption with SOT and EOT, without padding.
         rng: keyed generator of this sample and view.
-        mask_id: id of the mask token, the lowest special id: ids from it upwards are never selected nor drawn.
+        mask_id: id of the mask token.
         probability: chance of each text token to be selected, 0 to 1.
+        text_ids: the ids that are text, int64, ascending; no others are selected or drawn. None means those below
+            the mask id.
 
     Source paper: Devlin et al. 2019 (BERT), section 3.1, as used by Li et al. 2022 (DeCLIP). Deviation: special ids are
     not drawn as replacements, because an EOT before the real one would move the pooled position.
@@ -41,8 +48,11 @@ def mask_tokens(
     ids = np.asarray(token_ids, dtype=np.int64)
     # One uniform number per token decides both questions: the selected interval is cut into 80, 10 and 10 percent.
     draws = rng.random(len(ids))
-    random_ids = rng.integers(mask_id, size=len(ids))
-    selected = (draws < probability) & (ids < mask_id)
+    random_ids = rng.integers(mask_id if text_ids is None else len(text_ids), size=len(ids))
+    if text_ids is not None:
+        random_ids = text_ids[random_ids]
+    is_text = ids < mask_id if text_ids is None else np.isin(ids, text_ids)
+    selected = (draws < probability) & is_text
     masked_below = _MASKED_SHARE * probability
     replaced_below = (_MASKED_SHARE + _REPLACED_SHARE) * probability
     edited = np.where(draws < masked_below, mask_id, np.where(draws < replaced_below, random_ids, ids))

@@ -196,7 +196,10 @@ class SampleReader:
             return opened
         remote = is_remote(shard)
         try:
-            stream = self._store.remote.open(shard) if remote else open(shard, "rb", buffering=0)  # noqa: SIM115, PTH123
+            if remote:
+                stream = self._store.remote.open(shard, index.file_size)
+            else:
+                stream = open(shard, "rb", buffering=0)  # noqa: SIM115, PTH123
         except FetchError as error:
             raise BadSample(error.reason) from None
         size = os.fstat(stream.fileno()).st_size

@@ -5,7 +5,7 @@ from typing import Any
 
 from data.errors import BadSample
 
-# Parsed, a megabyte of the worst JSON takes 24.
+# Parsed, a megabyte of the worst JSON takes 32.
 MAX_JSON_BYTES = 4 << 20
 
 

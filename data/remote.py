@@ -102,11 +102,13 @@ class RemoteCache:
         digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
         return self.folder / f"{digest}.shard"
 
-    def fetch(self, url: str) -> Path:
+    def fetch(self, url: str, size: int | None = None) -> Path:
         """Makes sure that a file is here, and marks it as recently used.
 
         Args:
             url: http(s), any scheme fsspec knows, or `pipe:COMMAND`.
+            size: Its bytes, if known. Servers and proxies have sent part of a file as if it were the whole; what is
+                here or arrives with another size is fetched again.
 
         Returns:
             Its path; another process may evict it at any time, so prefer `open`.
@@ -117,15 +119,15 @@ class RemoteCache:
             DataError: If the scheme needs a package or a permission that is missing, or the disk is full.
         """
         path = self.path(url)
-        if _touch(path):
+        if _touch(path, size):
             return path
         when, error = self._failed.get(url, (0.0, None))
         if error is not None and time.monotonic() - when < _REMEMBER_FAILURE_S:
             raise error
         with self._lock(path.stem):
-            if not _touch(path):
+            if not _touch(path, size):
                 try:
-                    self._fetch_with_retries(url, path, self.max_file_bytes)
+                    self._fetch_with_retries(url, path, self.max_file_bytes, size)
                 except FetchError as failure:
                     self._failed[url] = time.monotonic(), failure
                     raise
@@ -133,17 +135,27 @@ class RemoteCache:
         self._evict(keep=path)
         return path
 
-    def open(self, url: str) -> BinaryIO:
+    def discard(self, url: str) -> None:
+        """Forgets a file, so that it is fetched again when next asked for."""
+        self.path(url).unlink(missing_ok=True)
+
+    def pause(self, attempt: int) -> None:
+        """Waits before trying something again; longer after each attempt, counted from 0."""
+        # Many ranks that lost the same server should not come back in the same instant.
+        time.sleep(min(_MAX_BACKOFF_S, self.backoff_s * 2**attempt) * (0.5 + random.random() / 2))
+
+    def open(self, url: str, size: int | None = None) -> BinaryIO:
         """Opens a file, fetched first if need be.
 
         Args:
             url: See `fetch`.
+            size: See `fetch`.
 
         Raises:
             FetchError, DataError: See `fetch`.
         """
         for _ in range(10):
-            path = self.fetch(url)
+            path = self.fetch(url, size)
             try:
                 return path.open("rb", buffering=1 << 16)
             except FileNotFoundError:
@@ -181,27 +193,28 @@ class RemoteCache:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{int(stem, 16) % _LOCK_FILES:04d}.lock")
 
-    def _fetch_with_retries(self, url: str, path: Path, limit: int) -> None:
+    def _fetch_with_retries(self, url: str, path: Path, limit: int, size: int | None) -> None:
         try:
             with atomic_path(path) as temporary:
-                self._try_repeatedly(url, temporary, limit)
+                self._try_repeatedly(url, temporary, limit, size)
         except OSError as error:
             raise DataError(
                 f"{display_name(url)} cannot be stored in {self.folder} ({error.strerror}); free some space or choose "
                 "another cache folder with DECLIP_CACHE"
             ) from None
 
-    def _try_repeatedly(self, url: str, target: Path, limit: int) -> None:
+    def _try_repeatedly(self, url: str, target: Path, limit: int, size: int | None = None) -> None:
         for attempt in range(self.attempts):
             try:
                 self._download(url, target, limit)
-                return
+                found = target.stat().st_size
+                if size is None or found == size:
+                    return
+                raise FetchError(f"{display_name(url)}: got {found} bytes, its index says {size}; index it again")
             except FetchError as error:
                 if error.permanent or attempt + 1 == self.attempts:
                     raise
-            pause = min(_MAX_BACKOFF_S, self.backoff_s * 2**attempt)
-            # Many ranks that lost the same server should not come back in the same instant.
-            time.sleep(pause * (0.5 + random.random() / 2))
+            self.pause(attempt)
 
     def _download(self, url: str, target: Path, limit: int) -> None:
         scheme = url.partition(":")[0].lower()
@@ -241,7 +254,8 @@ class RemoteCache:
         except urllib.error.HTTPError as error:
             raise FetchError(
                 f"{name}: HTTP status {error.code}",
-                permanent=error.code in _PERMANENT_STATUS,
+                # Redirections that reach this place lead nowhere, or in a circle.
+                permanent=error.code in _PERMANENT_STATUS or 300 <= error.code < 400,
                 absent=error.code in (403, 404, 410),
             ) from None
         except (OSError, http.client.HTTPException) as error:
@@ -273,12 +287,13 @@ class RemoteCache:
                     total -= size
 
 
-def _touch(path: Path) -> bool:
+def _touch(path: Path, size: int | None = None) -> bool:
+    """Marks a file as recently used; False if it is not there, or not of this size."""
     try:
         os.utime(path)
+        return size is None or path.stat().st_size == size
     except FileNotFoundError:
         return False
-    return True
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):

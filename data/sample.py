@@ -12,11 +12,13 @@ from data.eda import Eda, load_synonyms
 from data.errors import BadSample, DataError
 from data.mlm import mask_tokens
 from data.rng import keyed_rng
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 
 __all__ = ["TEXT_VIEWS", "EvalTransform", "SampleTransform", "SampleViews"]
 
 TEXT_VIEWS = ("original", "eda", "masked")
+# Start and end token.
+_EMPTY_CAPTION = 2
 
 
 class SampleViews(NamedTuple):
@@ -54,7 +56,7 @@ class SampleTransform:
 
     def __init__(
         self,
-        tokenizer: ClipTokenizer,
+        tokenizer: CaptionTokenizer,
         image_views: tuple[ImageAugmentation | str, ...],
         text_views: tuple[str, ...],
         image_size: int,
@@ -86,7 +88,7 @@ class SampleTransform:
             key: (seed, source, epoch, sample): with the view it decides every random number.
 
         Raises:
-            BadSample: A picture that cannot be decoded, or no caption.
+            BadSample: A picture that cannot be decoded, or no caption, or one of control characters only.
         """
         if not captions:
             raise BadSample("sample has no caption")
@@ -100,6 +102,8 @@ class SampleTransform:
 
     def _text_views(self, images: np.ndarray, caption: str, key: tuple[int | str, ...]) -> SampleViews:
         original = self.tokenizer.encode(caption)
+        if len(original) == _EMPTY_CAPTION:
+            raise BadSample("the caption has no readable character")
         views = SampleViews(images, [], [], [])
         for view, kind in enumerate(self.text_views):
             if kind == "original":
@@ -109,7 +113,13 @@ class SampleTransform:
             if kind == "eda":
                 views.token_ids.append(self.tokenizer.encode(self._eda(caption, rng)))
                 continue
-            masked = mask_tokens(original, rng, mask_id=self.tokenizer.mask_id, probability=self.mask_probability)
+            masked = mask_tokens(
+                original,
+                rng,
+                mask_id=self.tokenizer.mask_id,
+                probability=self.mask_probability,
+                text_ids=self.tokenizer.text_ids,
+            )
             views.token_ids.append(masked.token_ids)
             views.mlm_positions.extend(masked.positions)
             views.mlm_targets.extend(masked.targets)
@@ -159,11 +169,11 @@ def _augmentation(view: ImageAugmentation | str) -> ImageAugmentation:
     return AUGMENTATIONS[view]
 
 
-def _check_text_views(text_views: tuple[str, ...], tokenizer: ClipTokenizer) -> None:
+def _check_text_views(text_views: tuple[str, ...], tokenizer: CaptionTokenizer) -> None:
     unknown = [view for view in text_views if view not in TEXT_VIEWS]
     if unknown:
         raise DataError(f"unknown text view {unknown[0]!r}; expected some of {', '.join(TEXT_VIEWS)}")
     if text_views.count("masked") > 1:
         raise DataError("text_views has 'masked' more than once; masked language modelling trains on one view")
     if "masked" in text_views and tokenizer.mask_id is None:
-        raise DataError("a 'masked' text view needs a tokenizer with mask_token=True")
+        raise DataError("a 'masked' text view needs a tokenizer with a mask token")

@@ -12,7 +12,9 @@ from typing import Any
 
 from data.errors import DataError
 
-_MAX_SHARDS = 10_000_000
+_MAX_SHARDS = 1_000_000
+_MAX_DIGITS = 18
+_MAX_DEPTH = 20
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 _GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -45,6 +47,8 @@ def _range(content: str) -> list[str] | None:
     match = _RANGE.fullmatch(content)
     if match is None:
         return None
+    if len(content) > 3 * _MAX_DIGITS:
+        raise DataError(f"the range {{{content[:40]}...}} has ends of too many digits; check them")
     first, last, step = int(match[1]), int(match[2]), int(match[3] or 1) or 1
     if abs(last - first) // step >= _MAX_SHARDS:
         raise DataError(f"the range {{{content}}} has more than {_MAX_SHARDS} entries; check its ends")
@@ -75,6 +79,8 @@ def _outer_braces(pattern: str) -> Iterator[tuple[int, int]]:
         if character == "{":
             start = place if depth == 0 else start
             depth += 1
+            if depth > _MAX_DEPTH:
+                raise DataError(f"the pattern {pattern[:80]!r} nests braces deeper than {_MAX_DEPTH}")
         elif character == "}" and depth:
             depth -= 1
             if depth == 0:
@@ -101,7 +107,7 @@ def expand_braces(pattern: str) -> list[str]:
         pattern: Path or URL with any number of braces, nested or not.
 
     Raises:
-        DataError: If a brace is not closed or the pattern stands for more than ten million names.
+        DataError: If a brace is not closed or the pattern stands for more than a million names.
     """
     if "{" not in pattern:
         return [pattern]

@@ -142,6 +142,12 @@ def _check_header(header: bytes, position: int) -> None:
     raise TarError(f"no valid tar header at byte {position}")
 
 
+def has_end_mark(stream: BinaryIO, file_size: int) -> bool:
+    """Whether an archive ends in the two blocks of zeros that its writer puts there last."""
+    stream.seek(max(0, file_size - 2 * BLOCK))
+    return stream.read() == bytes(2 * BLOCK)
+
+
 def scan_members(stream: BinaryIO, file_size: int) -> Iterator[TarMember]:
     """Yields the members of an archive in one pass over its headers.
 

@@ -7,15 +7,16 @@ import importlib.util
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ftfy
+import numpy as np
 import regex
 from tokenizers import models
 
 from data.errors import DataError
 
-__all__ = ["ClipTokenizer"]
+__all__ = ["CaptionTokenizer", "ClipTokenizer"]
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 48_894
@@ -26,6 +27,30 @@ _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", 
 # growing it.
 _CACHE_WORDS = 200_000
 _CACHE_WORD_CHARS = 40
+
+
+class CaptionTokenizer(Protocol):
+    """What the loader, the evaluation and checkpoints ask of a tokenizer.
+
+    Attributes:
+        context_length: Longest id sequence it returns.
+        vocab_size: Ids are below it.
+        pad_id: Fills the batch after each caption.
+        mask_id: Mask token, or None.
+        text_ids: Ids that may be masked or drawn instead of others, int64; None means all below the mask id.
+        hash: Hex digest of everything that decides the ids.
+    """
+
+    context_length: int
+    vocab_size: int
+    pad_id: int
+    mask_id: int | None
+    text_ids: np.ndarray | None
+    hash: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one caption, special tokens included, at least one."""
+        ...
 
 
 class ClipTokenizer:
@@ -47,6 +72,7 @@ class ClipTokenizer:
     """
 
     pad_id = 0
+    text_ids = None
 
     def __init__(self, mask_token: bool = False, context_length: int = 77, merges_path: Path | str | None = None):
         if context_length < 3:
@@ -84,6 +110,11 @@ class ClipTokenizer:
             if len(ids) >= room:
                 break
         return [self.sot_id, *ids[:room], self.eot_id]
+
+    def published_files(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Vocabulary (stock CLIP's, without the mask token) and merges, as other libraries' tokenizers read them."""
+        symbols = [*self._symbols, "<|startoftext|>", "<|endoftext|>"]
+        return {symbol: index for index, symbol in enumerate(symbols)}, _read_merges(self.merges_path)
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids, special ids left out; broken UTF-8 sequences become U+FFFD."""

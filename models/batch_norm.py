@@ -48,6 +48,8 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.updates_running_statistics = True
+        # A locked tower's layer keeps its statistics and normalises with them, in training too.
+        self.locked = False
         self.weight = nn.Parameter(torch.zeros(num_features) if zero_init_weight else torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         # Explicitly fp32, because deepspeed.zero.Init makes torch.zeros return the training dtype.
@@ -80,6 +82,10 @@ class BatchNorm(nn.Module):
         if x.ndim == 3:
             return torch.stack([self._normalise_locally(view) for view in x])
         return self._normalise_locally(x)
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        """As `nn.Module.train`; a locked layer stays in evaluation mode."""
+        return super().train(mode and not self.locked)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, sync={self.sync}, eps={self.eps}, momentum={self.momentum}"

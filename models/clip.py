@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 INITIAL_LOGIT_SCALE = 1 / 0.07
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class TextOutput(NamedTuple):
@@ -50,13 +52,24 @@ class ClipModel(nn.Module):
     Args:
         image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim`,
             `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64 [n].
-        text_tower: A `TextTransformer` of the same `embed_dim`.
+        text_tower: A `TextTransformer` of the same `embed_dim`, or a module with its forward and sizes.
+        pixel_mean: What is subtracted from the channels of pixels in [0, 1] before the image tower.
+        pixel_std: What they are divided by then.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
     """
 
-    def __init__(self, image_tower: nn.Module, text_tower: nn.Module):
+    def __init__(
+        self,
+        image_tower: nn.Module,
+        text_tower: nn.Module,
+        *,
+        pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
+        pixel_std: tuple[float, float, float] = IMAGENET_STD,
+    ):
         super().__init__()
+        self.pixel_mean = tuple(pixel_mean)
+        self.pixel_std = tuple(pixel_std)
         self.image_tower = image_tower
         self.text_tower = text_tower
         self.logit_scale = LogitScale()

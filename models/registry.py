@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.batch_norm import check_batch_norm_mode
-from models.clip import ClipModel
+from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
+from models.hf_towers import HfImageTower, HfTextTower, ImagePooling, Projection, TextPooling
+from models.locking import lock_tower
 from models.resnet import EXPANSION, ModifiedResNet
 from models.text import TextTransformer
 from models.timm_tower import TimmTower
 from models.vit import VisionTransformer
 
 TIMM_PREFIX = "timm:"
+HF_PREFIX = "hf:"
 HEAD_WIDTH = 64
 
 
@@ -41,6 +44,13 @@ class TimmConfig:
 
 
 @dataclass(frozen=True)
+class HfConfig:
+    """Vision model by its Hugging Face name or folder."""
+
+    source: str
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Text transformer with heads of width 64."""
 
@@ -54,12 +64,12 @@ class Architecture:
 
     Args:
         image: Image tower.
-        image_size: Side of the square input in pixels; None means the default of the timm backbone.
+        image_size: Side of the square input in pixels; None means the default of the timm or Hugging Face backbone.
         embed_dim: Width of the shared space.
         text: Text tower.
     """
 
-    image: VitConfig | ResNetConfig | TimmConfig
+    image: VitConfig | ResNetConfig | TimmConfig | HfConfig
     image_size: int | None = 224
     embed_dim: int = 512
     text: TextConfig = TextConfig()
@@ -97,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def list_architectures() -> list[str]:
-    """Returns the names that `build_model` knows, besides "timm:<name>" for any timm architecture."""
+    """Returns the names that `build_model` knows, besides "timm:<name>" and "hf:<name or folder>"."""
     return list(ARCHITECTURES)
 
 
@@ -105,7 +115,8 @@ def find_architecture(name: str) -> Architecture:
     """Looks up an architecture.
 
     Args:
-        name: A key of `ARCHITECTURES`, or "timm:<name>" for a timm backbone with the default text tower.
+        name: A key of `ARCHITECTURES`, or "timm:<name>" or "hf:<hub name or folder>" for a backbone of theirs with the
+            default text tower.
 
     Returns:
         Its sizes.
@@ -115,10 +126,14 @@ def find_architecture(name: str) -> Architecture:
     """
     if name.startswith(TIMM_PREFIX):
         return Architecture(TimmConfig(name.removeprefix(TIMM_PREFIX)), image_size=None)
+    if name.startswith(HF_PREFIX):
+        return Architecture(HfConfig(name.removeprefix(HF_PREFIX)), image_size=None)
     if name not in ARCHITECTURES:
         close = difflib.get_close_matches(name, ARCHITECTURES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(ARCHITECTURES)}"
-        raise ValueError(f"unknown model {name!r}; {hint} (timm backbones: {TIMM_PREFIX}<name>)")
+        raise ValueError(
+            f"unknown model {name!r}; {hint} (backbones of others: {TIMM_PREFIX}<name>, {HF_PREFIX}<name>)"
+        )
     return ARCHITECTURES[name]
 
 
@@ -126,10 +141,22 @@ def build_model(
     name: str,
     *,
     vocab_size: int,
+    text_name: str | None = None,
     context_length: int = 77,
     embed_dim: int | None = None,
     image_size: int | None = None,
+    image_pooling: ImagePooling = "auto",
+    text_pooling: TextPooling = "auto",
+    image_projection: Projection = "linear",
+    text_projection: Projection = "linear",
     text_projection_bias: bool = False,
+    activation: str = "quick_gelu",
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
+    pixel_std: tuple[float, float, float] = IMAGENET_STD,
+    lock_image: bool = False,
+    lock_image_unlocked_groups: int = 0,
+    lock_text: bool = False,
+    lock_text_unlocked_groups: int = 0,
     freeze_patch_embed: bool = False,
     activation_checkpointing: bool = False,
     patch_dropout: float = 0.0,
@@ -138,12 +165,24 @@ def build_model(
     """Builds a randomly initialised model, drawing from torch's generator.
 
     Args:
-        name: A key of `ARCHITECTURES`, or "timm:<name>".
+        name: A key of `ARCHITECTURES`, "timm:<name>", or "hf:<hub name or folder>".
         vocab_size: Number of token ids.
+        text_name: "hf:<hub name or folder>" for a text tower of transformers; None means the architecture's own.
         context_length: Longest caption in tokens.
         embed_dim: Width of the shared space; None means the architecture's own.
         image_size: Side of the square input in pixels; None means the architecture's own.
+        image_pooling: See `HfImageTower`; other towers have their own.
+        text_pooling: See `HfTextTower`; other towers read the end-of-text token.
+        image_projection: "none" leaves out the projection of an `HfImageTower`.
+        text_projection: "none" leaves out the projection of an `HfTextTower`.
         text_projection_bias: Add a bias to the text projection, as DeCLIP does.
+        activation: "quick_gelu" as CLIP, or "gelu", of the transformers written here.
+        pixel_mean: Mean of the channels of pixels in [0, 1].
+        pixel_std: Their standard deviation.
+        lock_image: Freeze the image tower, see `models.locking`.
+        lock_image_unlocked_groups: How many of its last groups go on training.
+        lock_text: Freeze the text tower.
+        lock_text_unlocked_groups: How many of its last groups go on training.
         freeze_patch_embed: Leave the patch embedding of a vision transformer at its random start.
         activation_checkpointing: Recompute activations in the backward to save memory.
         patch_dropout: Fraction of the patches that a vision transformer leaves out in training, in [0, 1).
@@ -154,7 +193,7 @@ def build_model(
         The model in fp32.
 
     Raises:
-        ValueError: On an unknown name, a size that does not fit, or a setting that the image tower does not have.
+        ValueError: On an unknown name, a size that does not fit, or a setting that a tower does not have.
     """
     architecture = find_architecture(name)
     embed_dim = embed_dim or architecture.embed_dim
@@ -162,32 +201,82 @@ def build_model(
         architecture.image,
         freeze_patch_embed=freeze_patch_embed,
         patch_dropout=patch_dropout,
+        activation=activation,
+        pooling=image_pooling,
+        projection=image_projection,
         sync_batch_norm=check_batch_norm_mode(batch_norm),
         image_size=image_size or architecture.image_size,
         embed_dim=embed_dim,
         activation_checkpointing=activation_checkpointing,
     )
-    text_tower = TextTransformer(
+    text_tower = _build_text_tower(
+        text_name,
+        architecture.text,
+        pooling=text_pooling,
+        projection=text_projection,
+        projection_bias=text_projection_bias,
+        activation=activation,
         vocab_size=vocab_size,
         context_length=context_length,
-        width=architecture.text.width,
-        layers=architecture.text.layers,
-        heads=architecture.text.width // HEAD_WIDTH,
         embed_dim=embed_dim,
-        projection_bias=text_projection_bias,
         activation_checkpointing=activation_checkpointing,
     )
-    return ClipModel(image_tower, text_tower)
+    for locked, unlocked, what in (
+        (lock_image, lock_image_unlocked_groups, "lock_image"),
+        (lock_text, lock_text_unlocked_groups, "lock_text"),
+    ):
+        if unlocked and not locked:
+            raise ValueError(f"{what}_unlocked_groups {unlocked} has no effect without {what}; set {what} true")
+    if lock_image:
+        lock_tower(image_tower, lock_image_unlocked_groups, "lock_image_unlocked_groups")
+    if lock_text:
+        lock_tower(text_tower, lock_text_unlocked_groups, "lock_text_unlocked_groups")
+    return ClipModel(image_tower, text_tower, pixel_mean=pixel_mean, pixel_std=pixel_std)
+
+
+def _build_text_tower(
+    name: str | None,
+    config: TextConfig,
+    *,
+    pooling: TextPooling,
+    projection: Projection,
+    projection_bias: bool,
+    activation: str,
+    **common,
+) -> nn.Module:
+    if name is None:
+        if pooling != "auto" or projection != "linear":
+            raise ValueError(
+                f"text_pooling {pooling} and text_projection {projection} need a text_name {HF_PREFIX}<name>"
+            )
+        return TextTransformer(
+            width=config.width,
+            layers=config.layers,
+            heads=config.width // HEAD_WIDTH,
+            projection_bias=projection_bias,
+            activation=activation,
+            **common,
+        )
+    if not name.startswith(HF_PREFIX):
+        raise ValueError(f"text_name {name!r} is not known; use {HF_PREFIX}<hub name or folder>, or leave it out")
+    if projection_bias:
+        raise ValueError("text_projection_bias is for the text tower of CLIP; turn it off with a text_name")
+    return HfTextTower(name.removeprefix(HF_PREFIX), pooling=pooling, projection=projection, **common)
 
 
 def _build_image_tower(
-    config: VitConfig | ResNetConfig | TimmConfig,
+    config: VitConfig | ResNetConfig | TimmConfig | HfConfig,
     *,
     freeze_patch_embed: bool,
     patch_dropout: float,
+    activation: str,
+    pooling: ImagePooling,
+    projection: Projection,
     sync_batch_norm: bool,
     **common,
 ) -> nn.Module:
+    if not isinstance(config, HfConfig) and (pooling != "auto" or projection != "linear"):
+        raise ValueError(f"image_pooling {pooling} and image_projection {projection} need a name {HF_PREFIX}<name>")
     if isinstance(config, VitConfig):
         return VisionTransformer(
             patch_size=config.patch_size,
@@ -196,6 +285,7 @@ def _build_image_tower(
             heads=config.width // HEAD_WIDTH,
             freeze_patch_embed=freeze_patch_embed,
             patch_dropout=patch_dropout,
+            activation=activation,
             **common,
         )
     if freeze_patch_embed or patch_dropout:
@@ -205,6 +295,10 @@ def _build_image_tower(
         )
     if isinstance(config, TimmConfig):
         return TimmTower(config.model_name, sync_batch_norm=sync_batch_norm, **common)
+    if isinstance(config, HfConfig):
+        return HfImageTower(
+            config.source, pooling=pooling, projection=projection, sync_batch_norm=sync_batch_norm, **common
+        )
     heads = config.width * 8 * EXPANSION // HEAD_WIDTH
     return ModifiedResNet(
         layers=config.layers, width=config.width, heads=heads, sync_batch_norm=sync_batch_norm, **common

@@ -97,6 +97,11 @@ class ModifiedResNet(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
         return self.attnpool(x)
 
+    def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What can be frozen together, from the pixels to the attention pooling, which holds the projection."""
+        stem = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
+        return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4], [self.attnpool]]
+
 
 class Bottleneck(nn.Module):
     """Residual bottleneck whose stride is an average pooling after the 3x3 convolution."""

@@ -40,13 +40,15 @@ class UniformSequences(NamedTuple):
     Args:
         count: Number of sequences n.
         length: Tokens of each, so N = n * length.
+        is_causal: Every token sees the tokens up to itself only; without `rows` then.
     """
 
     count: int
     length: int
+    is_causal: bool = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> Tensor:
-        return _attend(query, key, value, self.count, is_causal=False)
+        return _attend(query, key, value, self.count, is_causal=self.is_causal)
 
 
 class PackedSequences(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sequences import PackedSequences, copy_to
+from models.sequences import PackedSequences, UniformSequences, copy_to
 from models.transformer import Linear, Transformer, TransformerInit
 
 TOKEN_EMBEDDING_STD = 0.02
@@ -26,6 +26,7 @@ class TextTransformer(nn.Module):
         heads: Number of attention heads.
         embed_dim: Width of the output.
         projection_bias: Add a bias to the projection, as DeCLIP does.
+        activation: Of the MLPs, "quick_gelu" or "gelu".
         activation_checkpointing: Recompute the blocks' activations in the backward.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; projection
@@ -42,6 +43,7 @@ class TextTransformer(nn.Module):
         heads: int,
         embed_dim: int,
         projection_bias: bool = False,
+        activation: str = "quick_gelu",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -55,6 +57,7 @@ class TextTransformer(nn.Module):
             layers,
             heads,
             init=TransformerInit.clip_text(width, layers),
+            activation=activation,
             activation_checkpointing=activation_checkpointing,
         )
         self.ln_final = nn.LayerNorm(width)
@@ -82,7 +85,7 @@ class TextTransformer(nn.Module):
         Raises:
             ValueError: If the shapes do not match, or a length, a row or T is out of range.
         """
-        self._check_shapes(token_ids, text_lengths)
+        check_caption_shapes(token_ids, text_lengths, self.context_length)
         packed = pack_captions(text_lengths, state_rows, token_ids.shape[1], token_ids.device)
         x = self.token_embedding(token_ids.flatten()[packed.token_index])
         x = x + F.embedding(packed.positions, self.positional_embedding)
@@ -91,18 +94,49 @@ class TextTransformer(nn.Module):
         features = self.text_projection(states[: len(token_ids)])
         return features, None if state_rows is None else states[len(token_ids) :]
 
-    def _check_shapes(self, token_ids: Tensor, text_lengths: Tensor) -> None:
-        if token_ids.ndim != 2 or text_lengths.shape != token_ids.shape[:1]:
-            raise ValueError(
-                f"token_ids {tuple(token_ids.shape)} and text_lengths {tuple(text_lengths.shape)} do not match; "
-                f"expected [n, T] and [n]"
-            )
-        num_positions = token_ids.shape[1]
-        if num_positions > self.context_length:
-            raise ValueError(
-                f"token_ids have {num_positions} positions, more than context_length {self.context_length}; "
-                f"truncate the captions or build the model with a larger context_length"
-            )
+    def encode_padded(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """Features as those of `forward`, by tensor operations of fixed shapes alone, for export.
+
+        Args:
+            token_ids: int64 [n, T], T <= context_length.
+            text_lengths: int64 [n], on the device of the ids.
+
+        Returns:
+            [n, embed_dim], not normalised.
+        """
+        count, length = token_ids.shape
+        x = self.token_embedding(token_ids) + self.positional_embedding[:length]
+        x = self.transformer(x.flatten(0, 1), UniformSequences(count, length, is_causal=True)).unflatten(
+            0, (-1, length)
+        )
+        return self.text_projection(self.ln_final(last_states(x, text_lengths)))
+
+    def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What can be frozen together, from the ids to the projection."""
+        *blocks, last = self.transformer.resblocks
+        embeddings = [self.token_embedding, self.positional_embedding]
+        return [embeddings, *([block] for block in blocks), [last, self.ln_final], [self.text_projection]]
+
+
+def last_states(states: Tensor, text_lengths: Tensor) -> Tensor:
+    """States [n, width] of the last token of each caption, of states [n, T, width] and lengths int64 [n]."""
+    last = (text_lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
+    return states.gather(1, last).squeeze(1)
+
+
+def check_caption_shapes(token_ids: Tensor, text_lengths: Tensor, context_length: int) -> None:
+    """Raises ValueError unless ids are [n, T] with T <= context_length, and lengths [n]."""
+    if token_ids.ndim != 2 or text_lengths.shape != token_ids.shape[:1]:
+        raise ValueError(
+            f"token_ids {tuple(token_ids.shape)} and text_lengths {tuple(text_lengths.shape)} do not match; "
+            f"expected [n, T] and [n]"
+        )
+    num_positions = token_ids.shape[1]
+    if num_positions > context_length:
+        raise ValueError(
+            f"token_ids have {num_positions} positions, more than context_length {context_length}; "
+            f"truncate the captions or build the model with a larger context_length"
+        )
 
 
 class TokenEmbedding(nn.Embedding):
@@ -152,7 +186,7 @@ def pack_captions(
         ValueError: If a length or a row is out of range.
     """
     text_lengths = text_lengths.cpu()
-    _check_lengths(text_lengths, num_positions)
+    check_lengths(text_lengths, num_positions)
     lengths, order = text_lengths.sort(stable=True)
     starts = lengths.cumsum(0) - lengths
     positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
@@ -160,14 +194,15 @@ def pack_captions(
     start_of_caption = torch.empty_like(starts).index_copy(0, order, starts)
     used = start_of_caption + text_lengths - 1
     if state_rows is not None:
-        caption, position = _split_state_rows(state_rows.cpu(), text_lengths, num_positions)
+        caption, position = split_state_rows(state_rows.cpu(), text_lengths, num_positions)
         used = torch.cat([used, start_of_caption[caption] + position])
     rows, row_order = used.unique(return_inverse=True)
     tensors = (copy_to(tensor, device) for tensor in (token_index, positions, rows, row_order))
     return PackedCaptions(PackedSequences.of(lengths, device), *tensors)
 
 
-def _check_lengths(text_lengths: Tensor, num_positions: int) -> None:
+def check_lengths(text_lengths: Tensor, num_positions: int) -> None:
+    """Raises ValueError unless all lengths are in [1, num_positions]."""
     if text_lengths.min() < 1 or text_lengths.max() > num_positions:
         raise ValueError(
             f"text_lengths span [{text_lengths.min()}, {text_lengths.max()}]; expected values in "
@@ -175,8 +210,12 @@ def _check_lengths(text_lengths: Tensor, num_positions: int) -> None:
         )
 
 
-def _split_state_rows(state_rows: Tensor, text_lengths: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Caption and position of each flat position."""
+def split_state_rows(state_rows: Tensor, text_lengths: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Caption and position of each flat position row * num_positions + position, all on the CPU.
+
+    Raises:
+        ValueError: If a row is not before its caption's end.
+    """
     in_range = (state_rows >= 0) & (state_rows < len(text_lengths) * num_positions)
     if in_range.all():
         caption, position = state_rows // num_positions, state_rows % num_positions

@@ -1,12 +1,14 @@
 """Any timm backbone as an image tower."""
 
 import difflib
+from typing import Any
 
 from torch import Tensor, nn
 
-from models.batch_norm import BatchNorm
+from models.backbone import refuse_scalars, replace_batch_norms
 from models.transformer import Linear
 from models.vit import check_image_shape
+from models.weight_files import read_weights
 
 
 class TimmTower(nn.Module):
@@ -43,19 +45,16 @@ class TimmTower(nn.Module):
             close = difflib.get_close_matches(model_name, timm.list_models(), n=5)
             raise ValueError(f"timm has no architecture {model_name!r}; close matches: {', '.join(close) or 'none'}")
         config = timm.get_pretrained_cfg(model_name)
+        self.model_name = model_name
         self.image_size = image_size or config.input_size[-1]
         self.embed_dim = embed_dim
-        size_argument = {"img_size": self.image_size} if config.fixed_input_size else {}
-        self.trunk = timm.create_model(model_name, pretrained=False, num_classes=0, **size_argument)
-        self.has_batch_norm = _replace_batch_norms(self.trunk, sync_batch_norm) > 0
-        scalars = [name for name, parameter in self.trunk.named_parameters() if parameter.ndim == 0]
-        if scalars:
-            raise ValueError(
-                f"timm architecture {model_name!r} has 0-dim parameters, which DeepSpeed cannot hold "
-                f"({', '.join(scalars[:3])}); choose another architecture"
-            )
+        self.has_fixed_size = bool(config.fixed_input_size)
+        self._size_argument = {"img_size": self.image_size} if self.has_fixed_size else {}
+        self.trunk = timm.create_model(model_name, pretrained=False, num_classes=0, **self._size_argument)
+        self.has_batch_norm = replace_batch_norms(self.trunk, sync_batch_norm) > 0
+        refuse_scalars(self.trunk, f"timm architecture {model_name!r}")
         if activation_checkpointing:
-            self._enable_activation_checkpointing(model_name)
+            self._enable_activation_checkpointing()
         features = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
         self.proj = Linear(features, embed_dim, bias=False, weight_std=features**-0.5)
 
@@ -74,53 +73,67 @@ class TimmTower(nn.Module):
         check_image_shape(images, self.image_size)
         return self.proj(self.trunk(images.to(self.proj.weight.dtype)))
 
-    def _enable_activation_checkpointing(self, model_name: str) -> None:
+    def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What can be frozen together: timm's own layer groups, which leave out the projection."""
+        from timm.models import group_parameters
+
+        if not hasattr(self.trunk, "group_matcher"):
+            return [[self.trunk]]
+        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
+        return [[self.trunk.get_parameter(name) for name in groups[key]] for key in sorted(groups)]
+
+    def load_pretrained(self, weights: str | None) -> None:
+        """Loads weights into the backbone; position tables of another image size are interpolated by timm.
+
+        Args:
+            weights: A file of the architecture's weights, or None for those that timm downloads.
+
+        Raises:
+            ValueError: If there are none, or they do not fit.
+        """
+        overlay = {} if weights is None else {"state_dict": read_weights(weights)}
+        try:
+            loaded = self._create_filled(overlay)
+            self.trunk.load_state_dict(loaded.state_dict())
+        except (RuntimeError, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"weights of timm's {self.model_name!r} cannot be loaded from {weights or 'the hub'} ({reason})"
+            ) from None
+
+    def _create_filled(self, overlay: dict[str, Any]) -> nn.Module:
+        """Has timm load weights with or without a classifier; it is strict only where their numbers agree."""
+        import timm
+
+        options = {"pretrained": True, **self._size_argument}
+        try:
+            loaded = timm.create_model(self.model_name, pretrained_cfg_overlay=overlay, **options)
+            loaded.reset_classifier(0)
+            return loaded
+        except RuntimeError:
+            if not overlay:
+                raise
+        overlay = {**overlay, "num_classes": 0}
+        return timm.create_model(self.model_name, pretrained_cfg_overlay=overlay, num_classes=0, **options)
+
+    def expected_pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the pixels that timm's weights were trained on."""
+        config = self.trunk.pretrained_cfg
+        return tuple(config["mean"]), tuple(config["std"])
+
+    def _enable_activation_checkpointing(self) -> None:
         try:
             self.trunk.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
             raise ValueError(
-                f"timm architecture {model_name!r} has no activation checkpointing; turn activation_checkpointing off"
+                f"timm architecture {self.model_name!r} has no activation checkpointing; "
+                f"turn activation_checkpointing off"
             ) from error
-
-
-class _BatchNormAct(BatchNorm):
-    """Stand-in for timm's BatchNormAct2d, which holds its activation itself."""
-
-    def __init__(self, layer: nn.Module, *, sync: bool):
-        super().__init__(layer.num_features, sync=sync, eps=layer.eps, momentum=layer.momentum)
-        self.drop = layer.drop
-        self.act = layer.act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
-
-
-def _replace_batch_norms(module: nn.Module, sync: bool) -> int:
-    """Replaces the batch norms below a module, keeping their tensors, and returns how many there were."""
-    from timm.layers import BatchNormAct2d
-
-    count = 0
-    for name, child in module.named_children():
-        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
-            count += _replace_batch_norms(child, sync)
-            continue
-        if isinstance(child, BatchNormAct2d):
-            replacement = _BatchNormAct(child, sync=sync)
-        elif type(child) is nn.BatchNorm2d:
-            replacement = BatchNorm(child.num_features, sync=sync, eps=child.eps, momentum=child.momentum)
-        else:
-            raise ValueError(f"batch norm {type(child).__name__} of this timm architecture is not supported")
-        replacement.weight, replacement.bias = child.weight, child.bias
-        for buffer_name, buffer in child.named_buffers(recurse=False):
-            setattr(replacement, buffer_name, buffer)
-        setattr(module, name, replacement)
-        count += 1
-    return count
 
 
 def _import_timm():
     try:
         import timm
     except ImportError as error:
-        raise ImportError("this image tower needs timm; install the 'timm' extra: pip install timm") from error
+        raise ImportError("this image tower needs timm; install it: pip install timm") from error
     return timm

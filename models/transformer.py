@@ -1,4 +1,4 @@
-"""Pre-norm transformer with QuickGELU, shared by the image and the text tower."""
+"""Pre-norm transformer, shared by the image and the text tower."""
 
 from dataclasses import dataclass
 
@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         heads: Number of attention heads.
         init: Initial weights; None means torch's defaults for nn.MultiheadAttention and nn.Linear, which CLIP keeps in
             its image tower.
+        activation: Of the MLPs, a key of `ACTIVATIONS`.
         activation_checkpointing: Keep only the blocks' inputs during training and recompute the rest in the backward.
     """
 
@@ -83,13 +84,18 @@ class Transformer(nn.Module):
         heads: int,
         *,
         init: TransformerInit | None = None,
+        activation: str = "quick_gelu",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is not known; use one of {', '.join(ACTIVATIONS)}")
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}; use heads = {max(1, width // 64)}")
         self.activation_checkpointing = activation_checkpointing
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, init=init) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, init=init, activation=activation) for _ in range(layers)
+        )
 
     def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
         """Runs all blocks.
@@ -118,12 +124,12 @@ class Transformer(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
 
-    def __init__(self, width: int, heads: int, *, init: TransformerInit | None):
+    def __init__(self, width: int, heads: int, *, init: TransformerInit | None, activation: str):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, init=init)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, 4 * width, init=init)
+        self.mlp = Mlp(width, 4 * width, init=init, activation=activation)
 
     def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
         attended = self.attn(self.ln_1(x), sequences, rows)
@@ -164,15 +170,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around QuickGELU."""
+    """Two linear layers around an activation."""
 
-    def __init__(self, width: int, hidden: int, *, init: TransformerInit | None):
+    def __init__(self, width: int, hidden: int, *, init: TransformerInit | None, activation: str):
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.c_fc = Linear(width, hidden, weight_std=init.hidden_std if init else None)
         self.c_proj = Linear(hidden, width, weight_std=init.residual_std if init else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(quick_gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -186,3 +193,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     """
     # Through silu, autograd keeps one tensor of this size instead of the two of the textbook form.
     return F.silu(1.702 * x).mul_(1 / 1.702)
+
+
+# CLIP and DeCLIP train with the first, most of open_clip's own models with the second.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}

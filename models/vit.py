@@ -24,6 +24,7 @@ class VisionTransformer(nn.Module):
         embed_dim: Width of the output.
         freeze_patch_embed: Leave the patch embedding at its random start.
         patch_dropout: Fraction of patches left out in training, in [0, 1).
+        activation: Of the MLPs, "quick_gelu" or "gelu".
         activation_checkpointing: Recompute the blocks' activations in the backward.
 
     Raises:
@@ -47,6 +48,7 @@ class VisionTransformer(nn.Module):
         embed_dim: int,
         freeze_patch_embed: bool = False,
         patch_dropout: float = 0.0,
+        activation: str = "quick_gelu",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -71,7 +73,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.num_patches, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation_checkpointing=activation_checkpointing)
+        self.transformer = Transformer(
+            width, layers, heads, activation=activation, activation_checkpointing=activation_checkpointing
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = Linear(width, embed_dim, bias=False, weight_std=std)
 
@@ -102,6 +106,12 @@ class VisionTransformer(nn.Module):
         sequences = UniformSequences(*tokens.shape[:2])
         class_rows = torch.arange(sequences.count, device=images.device) * sequences.length
         return self.proj(self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows)))
+
+    def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What can be frozen together, from the pixels to the projection."""
+        *blocks, last = self.transformer.resblocks
+        embeddings = [self.patch_embed, self.class_embedding, self.positional_embedding, self.ln_pre]
+        return [embeddings, *([block] for block in blocks), [last, self.ln_post], [self.proj]]
 
     def _kept_patches(self, dropout_keys: Tensor | None, num_images: int) -> Tensor:
         if dropout_keys is None or dropout_keys.shape != (num_images,):

@@ -83,8 +83,12 @@ on_warning() {
   end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e 2>/dev/null)
   if [ -z "$deadline" ] && end=$(date -d "$end" +%s 2>/dev/null); then
     left=$((end - $(date +%s) - 15))
-    (sleep "$((left > 1 ? left : 1))" && still_ours &&
-      echo "not saved in time: requeueing at the last checkpoint" && scontrol requeue "$SLURM_JOB_ID") &
+    (
+      sleep "$((left > 1 ? left : 1))" &
+      trap 'kill $!' TERM
+      wait $! && still_ours && echo "not saved in time: requeueing at the last checkpoint" &&
+        scontrol requeue "$SLURM_JOB_ID"
+    ) &
     deadline=$!
   fi
 }

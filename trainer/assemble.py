@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from models.registry import build_model
 from trainer.agreement import on_main, together
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
@@ -26,6 +26,7 @@ from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
 from trainer.preemption import STOPPED_EARLY, stop_if_told
+from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
 from trainer.watchdog import Watchdog
@@ -80,6 +81,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             method = build_method(config, tokenizer)
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
+            for line in load_pretrained(config.model, method.model):
+                print(f"  {line}")
         return None
     init_distributed(device, place, resolve_workers(config, place), config.train.timeout_minutes)
     # The default name holds the time of day, which ranks need not agree on.
@@ -97,6 +100,10 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
+    if checkpoint is None:
+        # The engine gives every rank the parameters of rank 0, which alone needs the files.
+        for line in on_main(lambda: load_pretrained(config.model, method.model)):
+            console.line(line)
     _check_queue(config, sources)
     if config.train.compile:
         together(lambda: compile_towers(method, device))
@@ -153,23 +160,23 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     )
 
 
-def build_method(config: RunConfig, tokenizer: ClipTokenizer) -> Method:
+def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:
     """Towers, heads and losses of the recipe, randomly initialised from torch's generator.
 
     Raises:
         ConfigError: A model the registry cannot build, or a method the data section cannot feed.
     """
-    model_config = config.model.model_dump()
     try:
-        model = build_model(model_config.pop("name"), vocab_size=tokenizer.vocab_size, **model_config)
+        model = build_model(vocab_size=tokenizer.vocab_size, **config.model.model_dump(exclude=WEIGHT_SETTINGS))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     name, settings = parse_method(config.method)
     communication_dtype = torch.bfloat16 if config.train.communication_dtype == "bf16" else None
     method = METHODS[name](model, settings, communication_dtype)
-    if "masked" in method.text_views and not config.data.mask_token:
+    if "masked" in method.text_views and tokenizer.mask_id is None:
         raise ConfigError(
-            f"method {name} masks captions, which needs a mask token: set data.mask_token true, or method.w_tss 0"
+            f"method {name} masks captions, which needs a mask token: set data.mask_token true (or choose a "
+            "data.tokenizer that has one), or method.w_tss 0"
         )
     return method
 

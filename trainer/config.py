@@ -24,13 +24,32 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Towers. `name` is an architecture of `models.registry` or `timm:<model>`."""
+    """Towers. `name` is an architecture of `models.registry`, `timm:<model>` or `hf:<hub name or folder>`."""
 
     name: str
+    # A text tower of transformers, `hf:<hub name or folder>`; None takes the architecture's own.
+    text_name: str | None = None
     embed_dim: int | None = Field(None, ge=1)
     image_size: int | None = Field(None, ge=8)
     context_length: int = Field(77, ge=4)
+    image_pooling: Literal["auto", "cls", "mean", "pooler"] = "auto"
+    text_pooling: Literal["auto", "cls", "mean", "last", "pooler"] = "auto"
+    image_projection: Literal["linear", "none"] = "linear"
+    text_projection: Literal["linear", "none"] = "linear"
     text_projection_bias: bool = False
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # Of pixels in [0, 1]; ImageNet's, as DeCLIP.
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Weights to start from: of the whole model, or of the backbones of timm and Hugging Face towers alone.
+    pretrained: str | None = None
+    pretrained_format: Literal["auto", "native", "openclip", "openai", "huggingface", "declip", "slip"] = "auto"
+    image_pretrained: bool | str = False
+    text_pretrained: bool = False
+    lock_image: bool = False
+    lock_image_unlocked_groups: int = Field(0, ge=0)
+    lock_text: bool = False
+    lock_text_unlocked_groups: int = Field(0, ge=0)
     freeze_patch_embed: bool = False
     activation_checkpointing: bool = False
     patch_dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -47,6 +66,9 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1)
     shuffle_window: int = Field(8192, ge=1)
     lanes: int | Literal["auto"] = "auto"
+    # `auto`: CLIP's, or the one that belongs to a Hugging Face text tower. Also `clip` and `hf:<hub name or folder>`.
+    tokenizer: str = Field("auto", pattern="^(auto|clip|hf:.+)$")
+    # CLIP's tokenizer only: DeCLIP's id convention, with a mask token.
     mask_token: bool = False
     synonyms: str | None = None
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)

@@ -38,6 +38,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a training run")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
+    parser.add_argument(
+        "--weights", choices=("auto", "trained", "ema"), default="auto", help="auto: the average if kept"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=DATA", help="evaluation set, repeatable")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="of the sets given: zero_shot retrieval linear_probe few_shot bias"
@@ -109,11 +112,12 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     init_distributed(device, place, resolve_workers(config, place))
     console = Console(place.is_main)
     baselines = on_main(lambda: read_baselines(arguments.baselines) if arguments.baselines else None)
-    method, tokenizer, folder = together(lambda: load_trained(arguments.run_dir, config, arguments.step))
-    evaluation = together(lambda: Evaluation(config, tokenizer, place))
+    trained = together(lambda: load_trained(arguments.run_dir, arguments.step, arguments.weights))
+    evaluation = together(lambda: Evaluation(config, trained.tokenizer, place))
     shifted = together(lambda: _shifted(evaluation, arguments.reference))
-    model = TrainedModel(method, device, arguments.precision)
-    console.line(f"{folder}: {len(evaluation.sets)} evaluation set(s) on {place.world_size} rank(s), {device.type}")
+    model, folder = TrainedModel(trained.method, device, arguments.precision), trained.checkpoint
+    where = f"{place.world_size} rank(s), {device.type}"
+    console.line(f"{folder}, {trained.weights} weights: {len(evaluation.sets)} evaluation set(s) on {where}")
     results = []
     for result in evaluation.run(model):
         console.line(f"eval {result.name}: {result.summary()}")

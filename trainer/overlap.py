@@ -88,12 +88,12 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     device = select_device(arguments.device, place)
     init_distributed(device, place, resolve_workers(config, place))
     console = Console(place.is_main)
-    method, tokenizer, folder = together(lambda: load_trained(arguments.run_dir, config, arguments.step))
-    evaluation = together(lambda: Evaluation(config, tokenizer, place))
+    trained = together(lambda: load_trained(arguments.run_dir, arguments.step))
+    evaluation = together(lambda: Evaluation(config, trained.tokenizer, place))
     classified = [data for data in evaluation.sets if "zero_shot" in data.tasks]
     if not classified:
         raise ConfigError(f"the recipe of {arguments.run_dir} has no evaluation set with zero_shot; nothing to compare")
-    model, workers, store = TrainedModel(method, device), resolve_workers(config, place), index_store(config)
+    model, workers, store = TrainedModel(trained.method, device), resolve_workers(config, place), index_store(config)
 
     def all_hashes(samples: Any, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         options = {"rank": place.rank, "world_size": place.world_size, "workers": workers, "max_samples": limit}
@@ -123,7 +123,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
         cells = [f"{figures[name]:.2%}" if name in figures else "" for name in shares]
         table.add_row(data.name, *cells, f"{figures['p_value']:.3g}" if "p_value" in figures else "")
     if place.is_main:
-        path = arguments.out or arguments.run_dir / "evaluation" / f"overlap_{folder.name}.json"
+        path = arguments.out or arguments.run_dir / "evaluation" / f"overlap_{trained.checkpoint.name}.json"
         write_json(path, {"train_samples": len(train_hashes), "sets": records})
         console.table(table)
         console.line(f"figures and the keys of near-duplicates in {path}")

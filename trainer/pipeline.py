@@ -16,7 +16,7 @@ from data.index import IndexedSource, IndexStore, index_shards, load_sources
 from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform
 from data.sources import parse_sources
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer, ClipTokenizer
 from trainer.agreement import together
 from trainer.config import RunConfig
 from trainer.ds_config import BatchPlan
@@ -43,9 +43,26 @@ def index_store(config: RunConfig) -> IndexStore:
     )
 
 
-def build_tokenizer(config: RunConfig) -> ClipTokenizer:
-    """The tokenizer of the recipe."""
-    return ClipTokenizer(mask_token=config.data.mask_token, context_length=config.model.context_length)
+def build_tokenizer(config: RunConfig) -> CaptionTokenizer:
+    """The tokenizer of the recipe.
+
+    Raises:
+        ConfigError: `data.mask_token` with a tokenizer whose mask token is its own affair.
+        DataError: A tokenizer that cannot be read.
+    """
+    name, context_length = tokenizer_name(config), config.model.context_length
+    if name == "clip":
+        return ClipTokenizer(mask_token=config.data.mask_token, context_length=context_length)
+    if config.data.mask_token:
+        raise ConfigError(f"data.mask_token is for CLIP's tokenizer, {name} brings its own; set data.mask_token false")
+    from data.hf_tokenizer import HfTokenizer
+
+    return HfTokenizer(name.removeprefix("hf:"), context_length)
+
+
+def tokenizer_name(config: RunConfig) -> str:
+    """What `data.tokenizer: auto` means: `clip`, or the source of a Hugging Face text tower."""
+    return (config.model.text_name or "clip") if config.data.tokenizer == "auto" else config.data.tokenizer
 
 
 def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
@@ -85,7 +102,7 @@ class TrainData:
         self,
         config: RunConfig,
         method: Method,
-        tokenizer: ClipTokenizer,
+        tokenizer: CaptionTokenizer,
         sources: list[IndexedSource],
         plan: BatchPlan,
         place: Place,

@@ -52,21 +52,24 @@ def verify_replicas(engine: Engine, step: int) -> None:
     """
     names, tensors = zip(*_replicated(engine), strict=True)
     sums = torch.stack([_checksum(tensor) for tensor in tensors]).cpu()
-    mine = (sums.tolist(), engine.method.state_digest(), socket.gethostname())
+    mine = ([tuple(pair) for pair in sums.tolist()], engine.method.state_digest(), socket.gethostname())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for index, name in enumerate((*names, "the method's state")):
-        values = [sums[index] if index < len(names) else digest for sums, digest, _ in everyone]
-        # A value most ranks hold is taken as right; between two ranks, that of the lower one.
-        expected = Counter(map(str, values)).most_common(1)[0][0]
-        differing = [rank for rank, value in enumerate(values) if str(value) != expected]
+        differing = differing_ranks([sums[index] if index < len(names) else digest for sums, digest, _ in everyone])
         if differing:
             rank = differing[0]
             raise ConfigError(
                 f"step {step}: {name} on rank {rank} (host {everyone[rank][2]}) is not what it is on the other ranks "
-                f"({len(differing)} of {len(everyone)} ranks differ); nothing was saved since: check that host's "
-                "memory and GPU, and continue from the last checkpoint with --resume auto"
+                f"({len(differing)} of {len(everyone)} ranks differ); check that host's memory and GPU or leave it "
+                "out, and continue with --resume auto"
             )
+
+
+def differing_ranks(values: list[Any]) -> list[int]:
+    """Ranks whose value is not the one most ranks hold, or where two are as frequent, that of the lowest rank."""
+    expected = Counter(values).most_common(1)[0][0]
+    return [rank for rank, value in enumerate(values) if value != expected]
 
 
 def _replicated(engine: Engine) -> Iterator[tuple[str, Tensor]]:

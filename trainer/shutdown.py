@@ -21,7 +21,7 @@ _LOST_CONTACT = (
     "Broken pipe",
     "NCCL communicator was aborted",
 )
-# Called with the message and exit code before this rank leaves with an error, while the run has a way to the others.
+# Called with the message and exit code when this rank leaves with an error: the run's way to tell the others.
 _heralds: list[Callable[[str, int], None]] = []
 _output: Output | None = None
 
@@ -73,12 +73,12 @@ def reported_errors(place: Place) -> Iterator[None]:
 
 
 def _leave(place: Place, message: str, code: int) -> None:
-    for tell in _heralds:
-        tell(message, code)
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
     last_words(place, message, code)
     sys.stdout.flush()
+    for tell in _heralds:
+        tell(message, code)
     os._exit(code)
 
 

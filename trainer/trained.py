@@ -2,30 +2,54 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.assemble import build_method
-from trainer.checkpoint import checkpoint_of_step, consolidate
+from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
+from trainer.checkpoint.shards import read_optimizer_state, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AVERAGE = "ema"
 
 
-class TrainedModel:
-    """A method with trained weights, in evaluation mode; answers as the engine does in the loop.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A method with the weights of one checkpoint, in evaluation mode on the CPU, and where it comes from.
 
     Attributes:
         method: Towers and heads.
-        device: Where it computes.
+        tokenizer: Its tokenizer.
+        config: The run's configuration.
+        run: The run's folder.
+        checkpoint: The checkpoint's folder.
+        weights: `trained`, or `ema` for their moving average.
     """
+
+    method: Method
+    tokenizer: CaptionTokenizer
+    config: RunConfig
+    run: Path
+    checkpoint: Path
+    weights: str
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step."""
+        return step_of(self.checkpoint)
+
+
+class TrainedModel:
+    """A trained method on a device; answers as the engine does in the loop."""
 
     def __init__(self, method: Method, device: torch.device, precision: str = "fp32") -> None:
         self.method = method.to(device).eval()
@@ -43,40 +67,52 @@ class TrainedModel:
         yield
 
 
-def run_config(run_dir: Path) -> RunConfig:
+def run_config(run: Path) -> RunConfig:
     """The configuration of a run.
 
     Raises:
         ConfigError: The folder holds no run.
     """
-    path = run_dir / "config.yaml"
+    path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; give the --run_dir of a training run")
+        raise ConfigError(f"{run} has no config.yaml; give the folder of a run (what --run_dir was)")
     return load_config(str(path))
 
 
-def load_trained(run_dir: Path, config: RunConfig, step: int | None) -> tuple[Method, ClipTokenizer, Path]:
-    """The method of a run with the weights of one of its checkpoints, on the CPU.
+def load_trained(run: Path, step: int | None = None, weights: str = "auto") -> TrainedRun:
+    """Build the model of a checkpoint, from any ZeRO stage and world size.
 
     Args:
-        run_dir: The run's folder.
-        config: Its configuration.
-        step: Which checkpoint; None takes the newest complete one.
-
-    Returns:
-        The method, its tokenizer and the checkpoint's folder.
+        run: Folder of the run.
+        step: Which checkpoint; None means the newest.
+        weights: `trained`, `ema`, or `auto`: the average where the run kept one.
 
     Raises:
-        ConfigError: No such checkpoint, a damaged one, or weights that do not fit the configuration.
+        ConfigError: There is no such run, checkpoint or average, or the checkpoint is damaged.
     """
-    folder = checkpoint_of_step(run_dir / "checkpoints", step)
+    config = run_config(run)
+    folder = _find_checkpoint(run, step)
     tokenizer = build_tokenizer(config)
     method = build_method(config, tokenizer)
-    weights = consolidate(folder)
+    state = dict(read_weights(folder))
+    averaged = read_optimizer_state(folder)[0].get(_AVERAGE) if weights != "trained" else None
+    if averaged is None and weights == "ema":
+        raise ConfigError(f"{folder} holds no moving average; train with --train.ema_decay, or use --weights trained")
     try:
-        method.load_state_dict(weights, strict=True)
+        method.load_state_dict(state | (averaged or {}))
     except RuntimeError as error:
-        raise ConfigError(
-            f"{folder} does not fit {run_dir / 'config.yaml'}: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    return method, tokenizer, folder
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"checkpoint {folder} does not fit {run / 'config.yaml'}: {reason}") from None
+    return TrainedRun(method.eval(), tokenizer, config, run, folder, "trained" if averaged is None else "ema")
+
+
+def _find_checkpoint(run: Path, step: int | None) -> Path:
+    found = [folder for folder in list_checkpoints(run / "checkpoints") if step in (None, step_of(folder))]
+    if not found:
+        steps = ", ".join(str(step_of(folder)) for folder in list_checkpoints(run / "checkpoints")[:10])
+        what = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise ConfigError(f"{run} has no {what}; it has those of steps {steps or 'none'}")
+    problems = verify_alone(found[0])
+    if problems:
+        raise ConfigError(f"checkpoint {found[0]} is damaged: {problems[0]}; choose another with --step")
+    return found[0]

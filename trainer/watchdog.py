@@ -118,6 +118,12 @@ class Watchdog:
         sender = threading.Thread(target=self._pronounce, args=(_Verdict(message, code),), daemon=True)
         sender.start()
         sender.join(timeout=2.0)
+        self._linger()
+
+    def _linger(self) -> None:
+        """The store is in rank 0's process under most launchers: the others must have read it before that ends."""
+        if self._place.is_main and self._place.world_size > 1:
+            time.sleep(2 * self._beat)
 
     def _pronounce(self, verdict: _Verdict) -> bool:
         """Publish a verdict; False when another rank was first, or the store is gone."""
@@ -163,25 +169,26 @@ class Watchdog:
                 self._expire(seen, store_answers=silence < _LOST_BEATS * self._beat)
 
     def _expire(self, where: Where, *, store_answers: bool) -> None:
-        begin = f"no progress for {self._timeout_minutes:g} minutes (train.timeout_minutes) in {where}: "
+        begin = f"no progress for {self._timeout_minutes:g} minutes (train.timeout_minutes) in "
         if self._place.world_size == 1:
-            self._leave(begin + "the last lines of its stack follow", stack=True)
-        missing = self._missing(where) if store_answers else None
-        if missing is None:
+            self._leave(f"{begin}{where}, which is here:", stack=True)
+        found = self._compare() if store_answers else None
+        if found is None:
             # Without the store nobody can be asked. One rank speaks first; most launchers end the others on its exit.
             time.sleep(0.0 if self._place.rank <= 1 else 2 * _BEAT_SECONDS)
-            self._leave(begin + "rank 0, or the process that started it, does not answer")
-        message = begin + (missing or "all ranks are there, and the operation does not end")
-        if self._pronounce(_Verdict(message, _FAILED, where)):
-            self._leave(message, stack=not missing)
+            self._leave(f"{begin}{where}: rank 0, or the process that started it, does not answer")
+        furthest, absent = found
+        message = f"{begin}{furthest}: {absent or 'all ranks are there, and the operation does not end'}"
+        if self._pronounce(_Verdict(message, _FAILED, furthest)):
+            self._leave(message, stack=not absent or self._where.before(furthest))
         # Another rank was first, and may still be writing.
         deadline = time.monotonic() + 4 * self._beat + 1.0
         while self._verdict is None and time.monotonic() < deadline:
             time.sleep(self._beat / 4)
-        self._follow(self._verdict or _Verdict(message, _FAILED, where))
+        self._follow(self._verdict or _Verdict(message, _FAILED, furthest))
 
-    def _missing(self, where: Where) -> str | None:
-        """The ranks that are not where this one is, in words; None when the store does not answer.
+    def _compare(self) -> tuple[Where, str] | None:
+        """How far the furthest rank is, and in words the ranks that are not; None when the store does not answer.
 
         Read twice: a rank whose count of beats stands still is stopped, dead or cut off, wherever it said it was.
         """
@@ -197,6 +204,9 @@ class Watchdog:
         reader.join(timeout=3 * self._beat + _LOST_BEATS * _BEAT_SECONDS)
         if len(read) < 2:
             return None
+        furthest = self._where
+        for _, there in read[1].values():
+            furthest = there if furthest.before(there) else furthest
         absent = []
         for rank in range(self._place.world_size):
             beats, there = read[1].get(rank, (0, None))
@@ -204,10 +214,10 @@ class Watchdog:
                 absent.append(f"rank {rank} has not begun")
             elif beats == read[0].get(rank, (0, None))[0]:
                 absent.append(f"rank {rank} gives no sign of life, it was last in {there}")
-            elif there.before(where):
+            elif there.before(furthest):
                 absent.append(f"rank {rank} is still in {there}")
         more = len(absent) - _NAMED_RANKS
-        return "; ".join(absent[:_NAMED_RANKS]) + (f"; and {more} more" if more > 0 else "")
+        return furthest, "; ".join(absent[:_NAMED_RANKS]) + (f"; and {more} more" if more > 0 else "")
 
     def _read_all(self) -> dict[int, tuple[int, Where]]:
         notes = {}
@@ -224,11 +234,12 @@ class Watchdog:
         if self._stopped.is_set():
             return
         if verdict.where is not None and self._where.before(verdict.where):
-            self._leave(f"others waited for this rank, which is in {self._where}", verdict.code, stack=True)
+            self._leave(f"the others wait for this rank, which is in {self._where}:", verdict.code, stack=True)
         os._exit(verdict.code)
 
     def _leave(self, message: str, code: int = _FAILED, *, stack: bool = False) -> None:
         frame = sys._current_frames().get(threading.main_thread().ident)
         lines = "".join(traceback.format_stack(frame)[-4:]) if stack and frame else ""
         last_words(self._place, f"error: {message}\n{lines}".rstrip(), code)
+        self._linger()
         os._exit(code)

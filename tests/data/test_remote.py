@@ -23,7 +23,10 @@ from tests.data.shards import TinyTransform, tiny_eval, write_shards
 
 
 class Server:
-    """Serves files of a folder and records requests; `faults[name]` is a list of faults for the next requests."""
+    """Serves files of a folder and records requests; `faults[name]` is a list of faults for the next requests.
+
+    A fault is a status, "short" for an answer that ends early, or the part of the file that is sent as if it were all.
+    """
 
     def __init__(self, folder):
         self.requests = []
@@ -43,6 +46,8 @@ class Server:
                     self.send_error(fault or 404)
                     return
                 body = path.read_bytes()
+                if isinstance(fault, float):
+                    body = body[: int(fault * len(body))]
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -286,6 +291,58 @@ def test_a_remote_shard_other_than_its_index_makes_bad_samples(tmp_path, server,
     assert reasons.keys() == {"00001.tar", "00002.tar"}
     assert "HTTP status 404" in reasons["00001.tar"]
     assert "its index says" in reasons["00002.tar"]
+
+
+def cut_between_members(shard):
+    """The part of a shard up to the end of some sample, as a fraction of its size."""
+    index = scan_shard(str(shard))
+    size, middle = Path(shard).stat().st_size, index.num_samples // 2
+    end = max(sum(extent) for extent in (index.extent(middle, role) for role in range(4)) if extent)
+    return -(-end // 512) * 512 / size
+
+
+def test_a_part_sent_as_the_whole_is_not_taken_for_it(tmp_path, server, shards):
+    names = [Path(shard).name for shard in shards]
+    # One is cut inside a member and one between two, where nothing but the end mark is missing.
+    server.faults = {names[0]: [0.4], names[2]: [cut_between_members(shards[2])]}
+    source, store = remote_source(tmp_path, server, shards)
+    assert source.counts.tolist() == [11, 5, 17, 8]
+    assert sorted(server.requests) == sorted([f"{name}.index.npz" for name in names] + names + [names[0], names[2]])
+    # A node that knows the index and has yet to fetch the shard.
+    for path in (tmp_path / "remote").glob("*.shard"):
+        path.unlink()
+    server.faults = {name: [0.5] for name in names}
+    assert sum(len(batch["bad_samples"]) for batch in take(source, store, 10)) == 0
+
+
+def test_a_part_kept_from_before_is_fetched_again(tmp_path, server, shards):
+    cache = make_cache(tmp_path)
+    url, size = f"{server.url}/00000.tar", Path(shards[0]).stat().st_size
+    server.faults = {"00000.tar": [0.5]}
+    assert cache.fetch(url).stat().st_size == size // 2
+    assert cache.fetch(url, size).stat().st_size == size
+    assert len(server.requests) == 2
+    server.faults = {"00001.tar": [0.5] * 10}
+    with pytest.raises(FetchError, match=r"got \d+ bytes, its index says \d+; index it again"):
+        cache.fetch(f"{server.url}/00001.tar", Path(shards[1]).stat().st_size)
+    assert kept(tmp_path) == {cache.path(url).name}
+
+
+def test_a_shard_without_an_end_mark_is_believed_in_the_end(tmp_path, server, shards):
+    content = Path(shards[1]).read_bytes()
+    Path(shards[1]).write_bytes(content[: int(cut_between_members(shards[1]) * len(content))])
+    source, _ = remote_source(tmp_path, server, shards)
+    assert source.counts.tolist() == [11, 3, 17, 8]
+
+
+def test_a_damaged_remote_shard_is_not_kept(tmp_path, server, shards):
+    content = Path(shards[1]).read_bytes()
+    Path(shards[1]).write_bytes(content[:700])
+    with pytest.raises(DataError, match=r"00001\.tar: found the end of the file"):
+        remote_source(tmp_path, server, shards)
+    Path(shards[1]).write_bytes(content)
+    source, _ = remote_source(tmp_path, server, shards)
+    assert source.counts.tolist() == [11, 5, 17, 8]
 
 
 def test_missing_remote_shards_stop_the_start(tmp_path, server, shards):

@@ -6,6 +6,8 @@ import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.tokenizer import ClipTokenizer
@@ -49,6 +51,11 @@ def reference():
     return SimpleTokenizer()
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ClipTokenizer()
+
+
 @pytest.mark.parametrize("context_length", [77, 12])
 def test_ids_equal_open_clip(reference, context_length):
     tokenizer = ClipTokenizer(context_length=context_length)
@@ -57,6 +64,23 @@ def test_ids_equal_open_clip(reference, context_length):
     for caption, row in zip(captions, expected, strict=True):
         ids = tokenizer.encode(caption)
         assert ids + [0] * (context_length - len(ids)) == row, repr(caption)
+
+
+@settings(max_examples=300)
+@given(st.text(max_size=60))
+def test_any_text_gives_the_ids_of_open_clip(tokenizer, reference, caption):
+    ids = tokenizer.encode(caption)
+    assert ids + [0] * (77 - len(ids)) == reference([caption])[0].tolist()
+
+
+# Category Cs: lone surrogates, which a JSON member can spell out.
+@settings(max_examples=200)
+@given(st.text(st.characters() | st.characters(categories=["Cs", "Cc", "Cf", "Mn"]), max_size=60))
+def test_any_text_is_encoded_within_bounds(tokenizer, caption):
+    ids = tokenizer.encode(caption)
+    assert (ids[0], ids[-1]) == (tokenizer.sot_id, tokenizer.eot_id)
+    assert all(0 <= token < tokenizer.sot_id for token in ids[1:-1])
+    assert isinstance(tokenizer.decode(ids), str)
 
 
 def test_special_ids_of_both_conventions():

@@ -86,3 +86,30 @@ def test_unusable_architectures_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"):
         make_tower()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes"), [("resnet18", 64, 1000), ("test_vit", 64, 1000), ("test_vit", 96, 0)]
+)
+def test_weights_are_loaded_from_a_file(name, size, classes, tmp_path):
+    saved = timm.create_model(name, num_classes=classes, **({"img_size": 64} if name == "test_vit" else {}))
+    torch.save({"state_dict": saved.state_dict()}, tmp_path / "weights.pt")
+    tower = make_tower(name, image_size=size)
+    tower.load_pretrained(str(tmp_path / "weights.pt"))
+    for key, value in tower.trunk.state_dict().items():
+        if key != "pos_embed" or size == 64:
+            assert torch.equal(value, saved.state_dict()[key]), key
+        else:
+            assert value.shape[1] == 37 and torch.isfinite(value).all()
+    assert tower.expected_pixels() == (saved.pretrained_cfg["mean"], saved.pretrained_cfg["std"])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    weights = timm.create_model("resnet18").state_dict()
+    del weights["layer1.0.conv1.weight"]
+    torch.save(weights, tmp_path / "weights.pt")
+    for name in ("test_vit", "resnet18"):
+        with pytest.raises(ValueError, match=f"weights of timm's '{name}' cannot be loaded from"):
+            make_tower(name).load_pretrained(str(tmp_path / "weights.pt"))
+    with pytest.raises(ValueError, match="do not exist"):
+        make_tower().load_pretrained(str(tmp_path / "none.pt"))

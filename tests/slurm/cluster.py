@@ -60,7 +60,7 @@ class Cluster:
         for node in ("n1", "n2"):
             self._spawn("slurmd", "-D", "-N", node)
         self._wait_until(
-            lambda: self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * 2, "nodes"
+            lambda: set(self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split()) == {"idle"}, "nodes"
         )
 
     def stop(self) -> None:
@@ -102,7 +102,8 @@ class Cluster:
         return found[1]
 
     def release(self, job: str) -> None:
-        """Start a requeued job now; SLURM holds it back for two minutes."""
+        """Start a requeued job now; SLURM would hold it back for two minutes, in which nodes forget the last start."""
+        time.sleep(5)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def until_limit_check(self) -> float:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from tests.trainer.harness import Launched, ds_config, run_trainer, write_recipe, write_shards
+from tests.data.bad_files import write_hostile_shard
+from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, write_recipe, write_shards
 
 
 def refused(arguments, cache, world_size=1):
@@ -85,12 +86,18 @@ def test_pictures_that_are_none(cache, tmp_path):
     assert records[0]["reason"]
 
 
-def test_few_bad_pictures_are_replaced_and_counted(cache, tmp_path):
-    pattern = write_shards(tmp_path / "shards", bad=2)
-    recipe = write_recipe(tmp_path / "tiny.yaml", pattern, data={"max_bad_fraction": 0.2}, train={"steps": 6})
-    run_trainer(["--recipe", str(recipe), "--run_dir", str(tmp_path / "run")], cache)
-    keys = {json.loads(line)["key"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()}
-    assert keys == {"000000", "000001"}
+def test_a_hostile_shard_trains_and_each_bad_sample_is_named_and_counted(cache, tmp_path):
+    expected = write_hostile_shard(tmp_path / "hostile.tar", good=100)
+    data = {"train": str(tmp_path / "hostile.tar"), "max_bad_fraction": 0.9, "shuffle_window": 512}
+    # Just above one epoch. That ranks and workers change nothing is shown in tests/data/test_untrusted.py.
+    recipe = write_recipe(tmp_path / "tiny.yaml", "", data=data, train={"steps": 13})
+    run_dir = tmp_path / "run"
+    run_trainer(["--recipe", str(recipe), "--run_dir", str(run_dir)], cache, world_size=2)
+    records = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
+    reasons = {record["key"]: record["reason"] for record in records}
+    assert reasons.keys() == expected.keys()
+    assert all(words in reasons[key] for key, words in expected.items())
+    assert sum(record["count"] for record in metrics(run_dir) if record.get("event") == "bad_sample") == len(records)
 
 
 def test_captions_missing(cache, tmp_path):

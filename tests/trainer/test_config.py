@@ -1,6 +1,11 @@
 """Recipes load, overrides apply, and what is resolved is enough to start again."""
 
+import time
+
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.config import dump_config, load_config, parse_config, recipe_names
 from trainer.ds_config import plan_batch, resolve_deepspeed
@@ -125,3 +130,107 @@ def test_deepspeed_lowers_precision_through_autocast():
     resolved = resolve_deepspeed(None, config, plan_batch(config, 1), "bf16")
     assert resolved.config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert resolved.config["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: !!python/object/apply:os.system ['touch evil']", "tags"),
+        ("model: !!python/name:os.system ''", "tags"),
+        ("a: !!set {x}", "tags"),
+        ("a: &a [x]\nb: *a", "aliases"),
+        ("a: &a {b: 1}\nc:\n  <<: *a", "aliases"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", "the key 'train' is given twice (line 2)"),
+        ("[" * 300_000, "nested deeper than 20"),
+        ("{a: " * 200_000, "nested deeper than 20"),
+        ("- " * 200_000, "nested deeper than 20"),
+        ("train: {steps: 0x" + "f" * 50_000 + "}", "does not fit into 64 bits"),
+        ("train: {steps: " + "9" * 50_000 + "}", "Exceeds the limit"),
+        ("train: {steps: 2020-13-45}", "month must be in"),
+        ("a: \x00", "special characters are not allowed"),
+        ("a: b\n---\nc: d", "expected a single document"),
+        ("? [a]\n: b", "unhashable"),
+        ("- a", "must be a mapping"),
+        ("1: a", "must be a mapping"),
+        ("extends: [demo]", "'extends' must be the name of one recipe"),
+        ("extends: " + "x" * 5000, "unknown recipe"),
+        ("extends: demo\nmethod: {name: [clip]}", "unknown method.name"),
+        ("extends: demo\nmethod: {1: 2}", "method"),
+        ("extends: demo\noptimizer: {lr: .inf}", "optimizer.lr: got inf"),
+        ("extends: demo\noptimizer: {lr: .nan}", "optimizer.lr: got nan"),
+        ("extends: demo\ndata: {cache_gib: .inf}", "data.cache_gib: got inf"),
+        ("extends: demo\n'literal[x': 1", "unknown key 'literal[x'"),
+        ('extends: demo\n"two\\nlines": 1', "unknown key"),
+    ],
+    ids=lambda value: value[:40] if "\x00" not in value else "nul",
+)
+def test_hostile_recipes_are_one_line(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    started = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert words in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) <= 1500
+    assert time.process_time() - started < 20
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_recipes_that_are_no_text(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2 << 20))
+    for name in ("binary.yaml", "large.yaml", "", ".", "a" * 300, "\0", "\udcff"):
+        with pytest.raises(ConfigError):
+            load_config(str(tmp_path / name) if name.endswith("yaml") else name)
+
+
+TREE = load_config("demo").model_dump(mode="json")
+KEYS = [(section, key) for section in TREE if isinstance(TREE[section], dict) for key in TREE[section]]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from(["auto", "1e400", "0x", "*a", "!!x y", "{", "2020-13-45", "-", "\udcff"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400)
+@given(place=st.sampled_from([*KEYS, *((section,) for section in TREE)]), value=VALUES)
+def test_any_value_at_any_key_is_taken_or_named(place, value):
+    tree = {section: dict(content) if isinstance(content, dict) else content for section, content in TREE.items()}
+    if len(place) == 1:
+        tree[place[0]] = value
+    else:
+        tree[place[0]][place[1]] = value
+    try:
+        config = parse_config(tree)
+    except ConfigError as error:
+        assert str(error).isprintable() and len(str(error)) <= 1500
+    else:
+        assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@settings(max_examples=400)
+@given(
+    cut=st.integers(0, 600),
+    text=st.text(max_size=40),
+    overrides=st.dictionaries(
+        st.sampled_from([".".join(key) for key in KEYS]) | st.text(max_size=8), st.text(max_size=12), max_size=2
+    ),
+)
+def test_any_recipe_text_and_override_is_taken_or_named(tmp_path_factory, cut, text, overrides):
+    base = "extends: clip_demo\ntrain: {steps: 7, seed: 1}\noptimizer:\n  lr: 1.0e-3\ndata: {workers: auto}\n"
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(base[:cut] + text + base[cut:], encoding="utf-8")
+    try:
+        load_config(str(path), overrides)
+    except ConfigError as error:
+        assert str(error).isprintable() and len(str(error)) <= 1500

@@ -114,7 +114,7 @@ def test_report_is_one_file_that_says_what_was_logged(run, cache, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "expected"),
     [
-        ("trainer.evaluate", ["nowhere"], "nowhere is no run folder"),
+        ("trainer.evaluate", ["nowhere"], "nowhere has no config.yaml"),
         ("trainer.evaluate", ["RUN", "--set", "x"], "expected NAME=DATA"),
         ("trainer.evaluate", ["RUN", "--tasks", "zero_shot"], "--tasks is of the sets given"),
         ("trainer.evaluate", ["RUN", "--reference", "shapes"], "robustness needs that set and a shifted one"),

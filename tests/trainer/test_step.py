@@ -34,7 +34,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(stage: int, **optimizer):
+def build(stage: int, method: dict | None = None, **optimizer):
     """An engine on the tiny model, its micro-batches, and a run that the loop's step works on."""
     from tests.trainer.harness import ds_config
     from trainer.assemble import build_method
@@ -50,7 +50,7 @@ def build(stage: int, **optimizer):
     init_distributed(device, place)
     tree = {
         "model": {"name": "vit_nano_p8_32"},
-        "method": SETTINGS,
+        "method": {**SETTINGS, **(method or {})},
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 100, "global_batch_size": SAMPLES},
         "optimizer": {"lr": 1e-3, **optimizer},

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.methods.base import Method
 
 
@@ -31,7 +31,7 @@ class Encoder(Protocol):
 
 
 @torch.no_grad()
-def encode_texts(encoder: Encoder, tokenizer: ClipTokenizer, texts: list[str], batch_size: int) -> Tensor:
+def encode_texts(encoder: Encoder, tokenizer: CaptionTokenizer, texts: list[str], batch_size: int) -> Tensor:
     """Unit-norm embeddings [len(texts), embed_dim] of all texts, on every rank. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     embeddings = torch.zeros(len(texts), encoder.method.model.embed_dim, device=encoder.device)
@@ -73,7 +73,7 @@ def encode_images(
     return embeddings
 
 
-def _tokens(tokenizer: ClipTokenizer, texts: list[str], device: torch.device) -> dict[str, Tensor]:
+def _tokens(tokenizer: CaptionTokenizer, texts: list[str], device: torch.device) -> dict[str, Tensor]:
     encoded = [tokenizer.encode(text) for text in texts]
     lengths = np.array([len(ids) for ids in encoded])
     token_ids = np.full((len(encoded), lengths.max()), tokenizer.pad_id, dtype=np.int64)

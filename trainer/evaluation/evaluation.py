@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.evaluation.bias import joined_classes, probe_table
@@ -56,7 +56,7 @@ class Evaluation:
         DataError: A shard that cannot be indexed.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: ClipTokenizer, place: Place) -> None:
+    def __init__(self, config: RunConfig, tokenizer: CaptionTokenizer, place: Place) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._place = place

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.evaluation.encode import Encoder, encode_texts
 
 _TILE_ROWS = 4096
 
 
 def class_embeddings(
-    encoder: Encoder, tokenizer: ClipTokenizer, class_names: list[str], templates: list[str], batch_size: int
+    encoder: Encoder, tokenizer: CaptionTokenizer, class_names: list[str], templates: list[str], batch_size: int
 ) -> Tensor:
     """Unit-norm class embeddings [C, embed_dim]: the normalised mean over the templates' unit-norm embeddings."""
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]

@@ -13,9 +13,6 @@ from models.clip import ClipModel
 from trainer.config import Section
 from trainer.gradient_cache import encode_micro_batches
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 class MethodSettings(Section):
     """Settings shared by all methods: the stored log temperature is projected onto these bounds after each step."""
@@ -57,8 +54,8 @@ class Method(nn.Module):
         self.settings = settings
         self.communication_dtype = communication_dtype
         # Not persistent: constants of the data, not of the model.
-        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255.0, persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(model.pixel_mean).view(3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(model.pixel_std).view(3, 1, 1) * 255.0, persistent=False)
 
     def forward(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Run one phase inside the engine.
@@ -120,5 +117,5 @@ class Method(nn.Module):
         return {"embeddings": normalize(output.features)}
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 [..., 3, H, W] to normalised fp32 (ImageNet mean and standard deviation, as DeCLIP)."""
+        """uint8 [..., 3, H, W] to fp32, normalised by `model.pixel_mean` and `model.pixel_std`."""
         return (images.float() - self.pixel_mean) / self.pixel_std

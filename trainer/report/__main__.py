@@ -49,9 +49,9 @@ def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> 
         config = run_config(run_dir)
         if not config.eval.sets:
             continue
-        method, tokenizer, _ = load_trained(run_dir, config, arguments.step)
-        model = TrainedModel(method, device)
-        found += [(name, part) for part in collect_examples(config, model, tokenizer, place)]
+        trained = load_trained(run_dir, arguments.step)
+        model = TrainedModel(trained.method, device)
+        found += [(name, part) for part in collect_examples(config, model, trained.tokenizer, place)]
     return found
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.loader import read_eval_samples
 from data.sample import EvalTransform
-from data.tokenizer import ClipTokenizer
+from data.tokenizer import CaptionTokenizer
 from trainer.agreement import together
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
@@ -71,7 +71,9 @@ class Examples:
     worst: list[ClassScore]
 
 
-def collect_examples(config: RunConfig, model: TrainedModel, tokenizer: ClipTokenizer, place: Place) -> list[Examples]:
+def collect_examples(
+    config: RunConfig, model: TrainedModel, tokenizer: CaptionTokenizer, place: Place
+) -> list[Examples]:
     """Examples of every evaluation set of a recipe, from its first samples. Collective."""
     sets = {
         name: entry.model_copy(update={"max_samples": _limit(entry.max_samples)})
@@ -87,7 +89,7 @@ def _limit(given: int | None) -> int:
 
 
 def _of_set(
-    evaluation: Evaluation, config: RunConfig, model: TrainedModel, tokenizer: ClipTokenizer, data: EvalData
+    evaluation: Evaluation, config: RunConfig, model: TrainedModel, tokenizer: CaptionTokenizer, data: EvalData
 ) -> Examples:
     test = evaluation.embed(model, data, data.test)
     thumbnails = _Thumbnails(config, data, test)
