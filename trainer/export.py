@@ -3,11 +3,14 @@
 import argparse
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.errors import DataError
+from data.tokenizer import CaptionTokenizer
+from models.clip import ClipModel
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.export_card import write_card

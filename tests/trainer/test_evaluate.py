@@ -12,7 +12,7 @@ import pytest
 
 from tests.trainer.harness import ROOT, metrics, run_trainer, write_eval_set, write_recipe
 
-TASKS = ["zero_shot", "retrieval", "linear_probe", "few_shot", "bias"]
+TASKS = ["zero_shot", "retrieval", "linear_probe", "bias"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def run(shards, cache, tmp_path_factory) -> Path:
         folder / "tiny.yaml",
         shards,
         train={"steps": 4, "log_every": 2},
-        eval={"every": 2, "batch_size": 8, "sets": {"shapes": entry}},
+        eval={"batch_size": 8, "sets": {"shapes": entry}},
     )
     run_trainer(["--recipe", str(recipe), "--run_dir", str(folder / "run")], cache)
     return folder / "run"
@@ -49,7 +49,7 @@ def test_evaluate_on_one_and_three_ranks_finds_what_training_logged(run, cache, 
     assert alone.returncode == 0, alone.stderr
     records = json.loads((run / "evaluation" / "step_4.json").read_text())
     assert [record["task"] for record in records] == [
-        "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "few_shot", "bias",
+        "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "bias",
     ]  # fmt: skip
     assert {(record["dataset"], record["model"], record["language"]) for record in records} == {
         ("shapes", "vit_nano_p8_32", "en")

@@ -20,7 +20,7 @@ SHOTS = (1, 2, 4, 8, 16)
 FEW_SHOT_DRAWS = 3
 _MAX_VALIDATION_SHOTS = 4
 _MAX_ITERATIONS = 1000
-_TOLERANCE = 1e-7
+_TOLERANCE = 1e-6
 # Decades of the inverse strength C, and the search's finest step: an eighth of a decade.
 _COARSE = tuple(range(-6, 7, 2))
 _FINEST = 1 / 8
