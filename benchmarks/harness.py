@@ -80,9 +80,6 @@ def measure(parts: dict[str, Callable[[], Any]], *, repeats: int) -> Measurement
             marks.append(time.process_time())
         times.append([end - start for start, end in itertools.pairwise(marks)])
 
-    # At its first operator the counter imports some 80 MiB of modules, which a program that imported open_clip has
-    # loaded before; they are not the measured code's memory.
-    count_flops(lambda: torch.ones(1, 1) @ torch.ones(1, 1))
     before = _start_watching_memory()
     run_once()
     peak = _status_mib("VmHWM") - before
