@@ -14,7 +14,7 @@ from models.clip import ClipModel
 from models.registry import build_model
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.checkpoint.shards import read_optimizer_state, read_weights
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, dump_config, load_config
 from trainer.errors import ConfigError
 from trainer.export_card import write_card
 from trainer.pipeline import build_tokenizer
@@ -168,7 +168,7 @@ def _write_safetensors(exported: Exported, out: Path) -> None:
     from trainer.export_openclip import save_tensors
 
     save_tensors(exported.model.state_dict(), out / "model.safetensors")
-    shutil.copyfile(exported.run / "config.yaml", out / "config.yaml")
+    (out / "config.yaml").write_text(dump_config(exported.config), encoding="utf-8")
 
 
 def _write_onnx(exported: Exported, out: Path) -> None:
