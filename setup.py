@@ -42,7 +42,7 @@ setup(
         "fonttools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff>=0.6"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist[psutil]>=3.6", "hypothesis", "ruff>=0.6"],
         # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.
         "mpi": ["mpi4py>=4", "mpich"],
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],
