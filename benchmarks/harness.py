@@ -15,6 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 _PROC = Path("/proc/self")
 # Asks the kernel to restart the peak of the resident set at its present value.
 _RESET_PEAK = "5"
+# Of glibc's malloc: from which size on a block is a mapping of its own, and how much free memory may stay at the end of
+# the heap. Its own rule starts at the smallest and moves up to the largest as blocks are freed.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_SMALLEST_THRESHOLD, _LARGEST_THRESHOLD = 128 << 10, 32 << 20
 
 
 @dataclass
@@ -52,11 +56,12 @@ class Measurement:
 
 
 def measure(parts: dict[str, Callable[[], Any]], *, repeats: int) -> Measurement:
-    """Runs all parts in order, `repeats` times, and keeps the least processor time of each and of their sum.
+    """Runs all parts in order and keeps the least processor time of each and of their sum, over `repeats` runs.
 
-    Memory and work are watched in the first repetition, which is timed only if it is the last too. The caller warms
-    up before: on a small input, so that neither one-time allocations of libraries count nor freed memory of a large
-    run is used again unseen, or by a whole step where that is what leaves the state of a running program.
+    The first run is watched for memory and timed only if it is the only one; one run more counts the work, which holds
+    tensors and takes time of its own. The caller warms up before: on a small input, so that neither one-time
+    allocations of libraries count nor freed memory of a large run is used again unseen, or by a whole step where that
+    is what leaves the state of a running program.
 
     Args:
         parts: Name to code.
@@ -75,18 +80,16 @@ def measure(parts: dict[str, Callable[[], Any]], *, repeats: int) -> Measurement
             marks.append(time.process_time())
         times.append([end - start for start, end in itertools.pairwise(marks)])
 
-    # At its first operator the counter imports some 80 MiB of modules, which a program that imported open_clip has
-    # loaded before; they are not the measured code's memory.
-    count_flops(lambda: torch.ones(1, 1) @ torch.ones(1, 1))
     before = _start_watching_memory()
-    flops = count_flops(run_once)
+    run_once()
     peak = _status_mib("VmHWM") - before
+    _set_malloc_thresholds(_LARGEST_THRESHOLD)
     for _ in range(repeats - 1):
         run_once()
-    counted = times[1:] or times
+    counted = times[1:] or times[:1]
     seconds = {name: min(column) for name, column in zip(parts, zip(*counted, strict=True), strict=True)}
     seconds["total"] = min(map(sum, counted))
-    return Measurement(seconds, {"peak": peak}, {"flops": flops})
+    return Measurement(seconds, {"peak": peak}, {"flops": count_flops(run_once)})
 
 
 def count_flops(code: Callable[[], Any]) -> int:
@@ -104,7 +107,15 @@ def _addmm_flops(_input: torch.Size, left: torch.Size, right: torch.Size, **_opt
     return 2 * left[0] * left[1] * right[1]
 
 
+def _set_malloc_thresholds(num_bytes: int) -> None:
+    c_library = ctypes.CDLL(None)
+    c_library.mallopt(_M_MMAP_THRESHOLD, num_bytes)
+    c_library.mallopt(_M_TRIM_THRESHOLD, 2 * num_bytes)
+
+
 def _start_watching_memory() -> float:
+    # Freed tensors go back to the system at once; otherwise the holes between those alive count too.
+    _set_malloc_thresholds(_SMALLEST_THRESHOLD)
     gc.collect()
     # Memory that the allocator keeps after a free would be handed out again without a rise of the resident set.
     ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,7 @@ from PIL import Image
 from data.errors import BadSample, DataError
 from data.image_file import read_image_file
 
-__all__ = ["DEFAULT_MAX_PIXELS", "EncodedImage", "check_max_pixels", "open_image"]
+__all__ = ["DEFAULT_MAX_PIXELS", "EncodedImage", "check_max_pixels", "open_image", "shrink_factor"]
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """A quarter gibibyte of RGB, the size from which Pillow itself warns."""
@@ -51,8 +51,8 @@ class EncodedImage:
             BadSample: truncated or damaged data.
         """
         try:
-            if shrink >= 2 and self._image.format == "JPEG":
-                factor = min(_MAX_JPEG_SHRINK, 1 << (int(shrink).bit_length() - 1))
+            factor = shrink_factor(shrink)
+            if factor > 1 and self._image.format == "JPEG":
                 width, height = self._image.size
                 self._image.draft("RGB", (max(1, width // factor), max(1, height // factor)))
             self._image.load()
@@ -61,6 +61,11 @@ class EncodedImage:
             return image.transpose(_UPRIGHT[self._orientation]) if self._orientation in _UPRIGHT else image
         except Exception as error:  # any parser error: see open_image
             raise BadSample(_reason("damaged image", error)) from error
+
+
+def shrink_factor(shrink: float) -> int:
+    """How many times smaller a JPEG is decoded along each side if it may be `shrink` times smaller: 1, 2, 4 or 8."""
+    return min(_MAX_JPEG_SHRINK, 1 << (int(shrink).bit_length() - 1)) if shrink >= 2 else 1
 
 
 def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImage:

@@ -22,6 +22,7 @@ _SHORT, _LONG = 3, 4
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PARTS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -100,6 +101,7 @@ def _number(data: bytes, start: int, length: int, order: str = "big") -> int:
 
 def _read_jpeg(data: bytes) -> ImageFile:
     kept, position, size, orientation = [b"\xff\xd8"], 2, None, None
+    progressive, components = False, 0
     for _ in range(_MAX_PARTS):
         start = data.find(b"\xff", position)
         if start < 0:
@@ -115,7 +117,9 @@ def _read_jpeg(data: bytes) -> ImageFile:
         if marker == _START_OF_SCAN:
             if size is None:
                 break
-            _check_scans(data, start)
+            # Otherwise the first scan holds everything, and decoders stop behind it.
+            if progressive or _number(data, start + 4, 1) < components:
+                _check_scans(data, start)
             kept.append(data[start:])
             return ImageFile("JPEG", size, orientation or 1, b"".join(kept))
         end = start + 2 + max(2, _number(data, start + 2, 2))
@@ -123,6 +127,7 @@ def _read_jpeg(data: bytes) -> ImageFile:
             if size is not None:
                 raise BadSample("unreadable image header: a JPEG with two frames")
             size = (_number(data, start + 7, 2), _number(data, start + 5, 2))
+            progressive, components = marker in _PROGRESSIVE, _number(data, start + 9, 1)
         if marker == 0xE1 and orientation is None and data.startswith(b"Exif\0\0", start + 4):
             orientation = _exif_orientation(data[start + 10 : end])
         if (

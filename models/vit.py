@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
             patches = patches.take_along_dim(kept[..., None], dim=1)
             patch_positions = F.embedding(kept, patch_positions)
         tokens = self.patch_embed(patches) + patch_positions
-        class_token = (self.class_embedding + class_position).expand(len(images), 1, -1)
+        class_token = (self.class_embedding + class_position).expand(images.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
         sequences = UniformSequences(*tokens.shape[:2])
         class_rows = torch.arange(sequences.count, device=images.device) * sequences.length

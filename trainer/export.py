@@ -11,7 +11,7 @@ import torch
 from data.errors import DataError
 from data.tokenizer import CaptionTokenizer
 from models.clip import ClipModel
-from trainer.config import RunConfig
+from trainer.config import RunConfig, dump_config
 from trainer.errors import ConfigError
 from trainer.export_card import write_card
 from trainer.trained import load_trained
@@ -125,7 +125,7 @@ def _write_safetensors(exported: Exported, out: Path) -> None:
     from trainer.export_openclip import save_tensors
 
     save_tensors(exported.model.state_dict(), out / "model.safetensors")
-    shutil.copyfile(exported.run / "config.yaml", out / "config.yaml")
+    (out / "config.yaml").write_text(dump_config(exported.config), encoding="utf-8")
 
 
 def _write_onnx(exported: Exported, out: Path) -> None:

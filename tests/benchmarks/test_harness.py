@@ -24,11 +24,11 @@ def test_flops_of_every_form_of_product():
     assert count_flops(lambda: batched @ batched.transpose(1, 2)) == 7 * 24
 
 
-def test_measure_counts_one_repetition_and_times_every_part():
+def test_measure_counts_the_work_of_one_run_and_times_every_part():
     left = torch.ones(4, 4)
     calls = []
     found = measure({"product": lambda: calls.append(left @ left), "nothing": lambda: None}, repeats=3)
-    assert len(calls) == 3
+    assert len(calls) == 3 + 1
     assert found.figures == {"flops": 128}
     assert found.seconds.keys() == {"product", "nothing", "total"}
     assert 0 <= found.seconds["nothing"] <= found.seconds["total"]
@@ -39,6 +39,16 @@ def test_peak_memory_sees_what_was_freed_again():
     torch.ones(mib * 2**18).sum()
     found = measure({"allocate": lambda: torch.ones(mib * 2**18).sum()}, repeats=1)
     assert mib - 1 <= found.mib["peak"] <= mib + 16
+
+
+def test_peak_memory_has_no_holes_between_living_blocks():
+    """Of every mebibyte all but the last bytes are freed again, in the middle of the heap."""
+
+    def allocate():
+        return [(torch.ones(2**18), torch.ones(16))[1] for _ in range(64)]
+
+    allocate()
+    assert measure({"allocate": allocate}, repeats=1).mib["peak"] < 8
 
 
 def test_repetitions_keep_least_time_and_largest_memory_and_must_agree():

@@ -106,7 +106,8 @@ def test_only_what_a_decoder_needs_is_handed_on():
 
 def test_scans_are_counted_where_they_are():
     # What follows the picture may hold the same bytes by chance: a phone's motion photo is a JPEG and a video.
-    assert pixels(encoded("JPEG") + b"\xff\xda" * 5000).shape == (32, 48, 3)
+    for progressive in (False, True):
+        assert pixels(encoded("JPEG", progressive=progressive) + b"\xff\xda" * 5000).shape == (32, 48, 3)
     assert pixels(bad_files.jpeg_of_scans(98)).shape == (64, 64, 3)
     # The mark of the end inside another segment is not the end.
     many = bad_files.jpeg_of_scans(120)

@@ -18,7 +18,8 @@ SCRIPT = str(ROOT / "trainer" / "run.py")
 _BIN = Path(sys.executable).parent
 # Imports, the process group, the data and the checkpoint; minutes on a machine that is busy with other things.
 START_LIMIT_S = 600.0
-GRACE_S = 30.0
+# `deepspeed` dies of a SIGTERM at once, and its ranks save after it.
+GRACE_S = 60.0
 _POLL_S = 0.005
 _LAUNCHER_VARIABLES = (
     "RANK",
@@ -63,7 +64,7 @@ class Ending:
     Attributes:
         in_time: Whether the launcher ended by itself within the limit.
         code: Its exit code, negative for a signal.
-        seconds: How long that took.
+        seconds: Until then, and until the last of its processes was gone.
         left_over: Command lines of processes that outlived it by `GRACE_S`.
     """
 
@@ -150,8 +151,8 @@ class Attempt:
             in_time = True
         except subprocess.TimeoutExpired:
             in_time = False
-        seconds = time.monotonic() - started
         left = processes.left_over(self.mark, GRACE_S) if in_time else {}
+        seconds = time.monotonic() - started
         while remaining := processes.marked(self.mark):
             processes.send(list(remaining), signal.SIGKILL)
             # The launcher stays in the process table until somebody asks for its exit code.

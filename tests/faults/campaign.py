@@ -14,7 +14,8 @@ from data.index import scan_shard, sidecar_path
 from tests.faults import records
 from tests.faults.attempt import START_LIMIT_S, Attempt, Options, command_of
 from tests.faults.disk import SmallDisk
-from tests.faults.kinds import KINDS, Fault, Stage
+from tests.faults.fault import Fault, Stage
+from tests.faults.kinds import KINDS
 from tests.faults.server import ShardServer
 from tests.trainer.harness import ds_config, write_eval_set, write_recipe, write_shards
 
@@ -146,7 +147,8 @@ class Campaign:
             **_RECIPE,
             eval={"every": _EVAL_EVERY, "sets": {"shapes": {"data": str(write_eval_set(folder / "eval"))}}},
             # A sample that cannot be read would be replaced, and the run with it; this one must stop instead.
-            data={"mask_token": False, "max_bad_fraction": 0.0},
+            # Two lanes: shards are opened and fetched all through an epoch, not all at its start.
+            data={"mask_token": False, "max_bad_fraction": 0.0, "lanes": 2},
         )
 
     def run(self, line: Line) -> list[Outcome]:

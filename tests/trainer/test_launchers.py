@@ -1,6 +1,7 @@
 """The same entry point under every launcher."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def launch(command, cache):
     return finished.returncode, finished.stdout + finished.stderr
 
 
+# How launchers and communication libraries complain about a process that left without saying goodbye.
+NOISE = re.compile(r"BAD TERMINATION|Traceback|terminate called|leaked|not been destroyed|Aborted|MPI_Finalize")
 LAUNCHERS = {
     "deepspeed": ([str(BIN / "deepspeed"), "--num_accelerators", "2", SCRIPT], 2),
     "torchrun": ([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", SCRIPT], 2),
@@ -41,6 +44,7 @@ def test_launcher_trains(name, shards, cache, tmp_path):
     code, output = launch([*command, *arguments], cache)
     assert code == 0, output
     assert f"{world_size} rank(s) on cpu by {name}" in output
+    assert not NOISE.search(output), output
     assert list(steps(tmp_path / "run")) == [1, 2, 3, 4]
     assert f"everything is in {tmp_path / 'run'}" in output
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 from trainer.config import LoggingConfig
 from trainer.metrics import MetricsWriter, truncate_records
@@ -40,3 +42,21 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
     assert [(event.step, event.value) for event in events.Scalars("eval/val/acc1")] == [(2, 0.25)]
+
+
+def test_wandb_continues_a_run_and_keeps_namesakes_apart(tmp_path, monkeypatch):
+    opened = []
+
+    def init(**settings):
+        opened.append(settings)
+        return SimpleNamespace(log=lambda numbers, step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = LoggingConfig(tensorboard=False, wandb_project="clips")
+    for parent in ("first", "first", "second"):
+        run_dir = tmp_path / parent / "seed0"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        MetricsWriter(run_dir, config).close()
+    assert [settings["name"] for settings in opened] == ["seed0"] * 3
+    started, resumed, namesake = [settings["id"] for settings in opened]
+    assert started == resumed != namesake

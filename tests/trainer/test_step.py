@@ -34,10 +34,11 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(stage: int, method: dict | None = None, **optimizer):
+def build(stage: int, method: dict | None = None, model: str = "vit_nano_p8_32", compiled: bool = False, **optimizer):
     """An engine on the tiny model, its micro-batches, and a run that the loop's step works on."""
     from tests.trainer.harness import ds_config
     from trainer.assemble import build_method
+    from trainer.compilation import compile_towers
     from trainer.config import parse_config
     from trainer.ds_config import plan_batch, resolve_deepspeed
     from trainer.engine import Engine, init_distributed
@@ -49,7 +50,7 @@ def build(stage: int, method: dict | None = None, **optimizer):
     device, place = torch.device("cpu"), Place(rank, rank, world_size, world_size, "test")
     init_distributed(device, place)
     tree = {
-        "model": {"name": "vit_nano_p8_32"},
+        "model": {"name": model},
         "method": {**SETTINGS, **(method or {})},
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 100, "global_batch_size": SAMPLES},
@@ -58,7 +59,10 @@ def build(stage: int, method: dict | None = None, **optimizer):
     config = parse_config(tree)
     resolved = resolve_deepspeed(ds_config(stage), config, plan_batch(config, world_size), "fp32")
     torch.manual_seed(0)
-    engine = Engine(build_method(config, build_tokenizer(config)), config, resolved, device)
+    method = build_method(config, build_tokenizer(config))
+    if compiled:
+        compile_towers(method, device)
+    engine = Engine(method, config, resolved, device)
     data = TrainData.__new__(TrainData)
     data._device = device
     watchdog = SimpleNamespace(enter=lambda step, phase: None)
