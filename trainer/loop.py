@@ -140,7 +140,9 @@ def _save(run: Run, final: bool = False) -> None:
         state.method_state = {}
     run.last_saved = state.step
     if run.metrics:
-        prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
+        # Not while steps go wrong: the run may have to go back to the oldest one kept.
+        if run.guard.is_calm:
+            prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
         size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
         seconds = time.perf_counter() - started
         details = {"state_hash": state.method_digest[:16]} if state.method_digest else {}
