@@ -15,6 +15,7 @@ from models.registry import build_model
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.checkpoint.shards import read_optimizer_state, read_weights
 from trainer.config import RunConfig, dump_config, load_config
+from trainer.ema import AVERAGE
 from trainer.errors import ConfigError
 from trainer.export_card import write_card
 from trainer.pipeline import build_tokenizer
@@ -23,7 +24,6 @@ from trainer.pretrained import WEIGHT_SETTINGS
 FORMATS = ("openclip", "huggingface", "safetensors", "onnx")
 # The model inside the method, whose heads stay behind.
 _PREFIX = "model."
-_AVERAGE = "ema"
 _EPILOG = """examples:
   python -m trainer.export runs/declip --to openclip
   python -m trainer.export runs/declip --to huggingface --step 10000 --out exports/declip
@@ -98,7 +98,7 @@ def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Expor
     except ValueError as error:
         raise ConfigError(f"model of {run}: {error}") from None
     state = dict(read_weights(folder))
-    averaged = read_optimizer_state(folder)[0].get(_AVERAGE) if weights != "trained" else None
+    averaged = read_optimizer_state(folder)[0].get(AVERAGE) if weights != "trained" and config.train.ema_decay else None
     if averaged is None and weights == "ema":
         raise ConfigError(f"{folder} holds no moving average; train with --train.ema_decay, or use --weights trained")
     state |= averaged or {}

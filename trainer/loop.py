@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.agreement import on_main
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
+from trainer.ema import averaged_weights, update_average
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import STOPPED_EARLY, Preemption
@@ -86,6 +87,7 @@ def _train_step(
     engine.set_learning_rate(rate(config, step))
     skipped, grad_norm = engine.step()
     engine.project(engine.method.bounded_parameters())
+    update_average(engine)
     engine.method.after_step()
     run.window.steps += 1
     run.window.outcomes.append((step, skipped, terms["loss"].detach()))
@@ -185,10 +187,11 @@ def _evaluate_if_due(run: Run) -> None:
     if recorded.issuperset(config.sets):
         return
     average_local_statistics(run.engine)
-    for name, figures in run.evaluation.run(run.engine):
-        run.watchdog.enter(step, "evaluate")
-        if run.metrics and name not in recorded:
-            run.metrics.event("eval", step, set=name, **figures)
-            run.console.line(f"eval {name}: {run.evaluation.summary(name, figures)}")
+    with averaged_weights(run.engine):
+        for name, figures in run.evaluation.run(run.engine):
+            run.watchdog.enter(step, "evaluate")
+            if run.metrics and name not in recorded:
+                run.metrics.event("eval", step, set=name, **figures)
+                run.console.line(f"eval {name}: {run.evaluation.summary(name, figures)}")
     # Evaluation time is not training time.
     run.window.restart()
