@@ -46,7 +46,14 @@ setup(
         "fonttools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist[psutil]>=3.6", "hypothesis", "ruff>=0.6", "scikit-learn>=1.4"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist[psutil]>=3.6",
+            "hypothesis",
+            "scikit-learn>=1.4",
+            "ruff>=0.6",
+        ],
         # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.
         "mpi": ["mpi4py>=4", "mpich"],
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],

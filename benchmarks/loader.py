@@ -61,13 +61,16 @@ FULL = Settings()
 QUICK = Settings(sizes=(256,), num_photos=16, num_samples=512, rounds=1)
 
 
-def make_photo(seed: int) -> Image.Image:
-    """A picture with the statistics of photographs: a spectrum falling as 1 / f, and edges of objects."""
-    width, height = _PHOTO_SHAPE
+def make_photo(seed: int, shape: tuple[int, int] = _PHOTO_SHAPE) -> Image.Image:
+    """A picture of width and height `shape` with the statistics of photographs: a spectrum falling as 1 / f, and edges.
+
+    The spectrum falls a little faster than that, so that JPEGs of it are as large as photographs' are.
+    """
+    width, height = shape
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.0
-    brightness, *colour = (_filtered_noise(rng, frequency) for _ in range(3))
+    brightness, *colour = (_filtered_noise(rng, frequency, (height, width)) for _ in range(3))
     pixels = 128 + 42 * brightness[..., None] + 14 * np.stack([colour[0], colour[1], -colour[0]], axis=-1)
     y, x = np.mgrid[:height, :width]
     for _ in range(8):
@@ -78,9 +81,9 @@ def make_photo(seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _filtered_noise(rng: np.random.Generator, frequency: np.ndarray) -> np.ndarray:
-    spectrum = np.fft.rfft2(rng.standard_normal(_PHOTO_SHAPE[::-1])) / frequency**1.6
-    noise = np.fft.irfft2(spectrum, _PHOTO_SHAPE[::-1])
+def _filtered_noise(rng: np.random.Generator, frequency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    spectrum = np.fft.rfft2(rng.standard_normal(shape)) / frequency**1.6
+    noise = np.fft.irfft2(spectrum, shape)
     return noise / noise.std()
 
 
@@ -92,7 +95,7 @@ def write_shards(folder: Path, size: int, settings: Settings) -> list[str]:
     """
     import webdataset
 
-    jpegs = [_jpeg(make_photo(seed), size) for seed in range(settings.num_photos)]
+    jpegs = [encode_jpeg(make_photo(seed), size) for seed in range(settings.num_photos)]
     rng = np.random.default_rng(0)
     words = _VOCABULARY.split()
     paths = []
@@ -106,7 +109,8 @@ def write_shards(folder: Path, size: int, settings: Settings) -> list[str]:
     return paths
 
 
-def _jpeg(photo: Image.Image, size: int) -> bytes:
+def encode_jpeg(photo: Image.Image, size: int) -> bytes:
+    """The picture with its shorter side reduced to `size` pixels."""
     scale = size / min(photo.size)
     resized = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -12,14 +12,14 @@ from data.decode import EncodedImage, shrink_factor
 from data.errors import DataError
 from data.pixels import gaussian_blur, resize_crop, turn_hue
 
-__all__ = ["AUGMENTATIONS", "ImageAugmentation", "eval_view", "random_views"]
+__all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "ImageAugmentation", "align", "eval_view", "random_views"]
 
 Box = tuple[int, int, int, int]
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
 # JPEG may be decoded smaller as long as every crop keeps this many times the output resolution; the proper filter does
-# the rest. Views of a 1.4 megapixel photograph then take half the time and stay within 44 dB of a full decode.
-_DECODE_MARGIN = 1.5
+# the rest.
+DECODE_MARGIN = 1.5
 _CROP_ATTEMPTS = 10
 
 
@@ -163,12 +163,12 @@ def random_views(
     pairs = list(zip(augmentations, generators, strict=True))
     boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
     smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
-    factor = shrink_factor(smallest / (_DECODE_MARGIN * image_size))
+    factor = shrink_factor(smallest / (DECODE_MARGIN * image_size))
     image = encoded.decode(factor)
     scale = factor if image.size != encoded.size else 1
     views = np.empty((len(pairs), 3, image_size, image_size), dtype=np.uint8)
     for view, (augmentation, rng), box in zip(views, pairs, boxes, strict=True):
-        box = tuple(-(-edge // scale) for edge in _align(box, encoded.size, factor))
+        box = tuple(-(-edge // scale) for edge in align(box, encoded.size, factor))
         pixels = resize_crop(image, box, image_size, augmentation.interpolation)
         if augmentation.distorts:
             pixels = np.asarray(augmentation.distort(Image.fromarray(pixels), rng))
@@ -203,7 +203,7 @@ def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarr
     return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
 
 
-def _align(box: Box, size: tuple[int, int], factor: int) -> Box:
+def align(box: Box, size: tuple[int, int], factor: int) -> Box:
     """The box with its edges on multiples of `factor`, or on the picture's own edge.
 
     Whether a picture is then decoded smaller or not, its crops are the same and consist of whole pixels.

@@ -109,6 +109,7 @@ class TrainConfig(Section):
 
     `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
     `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
+    `ema_decay`: keep a moving average of the weights with this decay, evaluate it, and export it by default.
     """
 
     steps: int = Field(ge=1)
@@ -123,6 +124,7 @@ class TrainConfig(Section):
     compile: bool = False
     timeout_minutes: float = Field(30.0, gt=0.0)
     verify_replicas_every: int = Field(0, ge=0)
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
 
 
 class OptimizerConfig(Section):

@@ -97,6 +97,7 @@ class Engine:
         parameter_names: Names of the trained parameters by optimizer group, in the optimizer's order.
         parameter_shapes: Their full shapes.
         decides_on_device: Whether `step` runs without waiting for the device.
+        ema_decay: Decay of the moving average of the weights (`trainer.ema`), or None.
     """
 
     def __init__(self, method: Method, config: RunConfig, resolved: ResolvedDeepSpeed, device: torch.device) -> None:
@@ -106,6 +107,7 @@ class Engine:
         self.stage = resolved.stage
         self.offload = resolved.offload_optimizer
         self.clip = config.optimizer.gradient_clipping
+        self.ema_decay = config.train.ema_decay
         groups = parameter_groups(method, config.optimizer.weight_decay)
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         self.parameter_names = [[names[id(p)] for p in group["params"]] for group in groups]

@@ -88,6 +88,11 @@ class Guard:
         spread = _MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in self._losses)
         return median + self._config.spike_factor * max(spread, _SMALLEST_SPREAD * abs(median))
 
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last step was good, so that the newest checkpoint is one to go back to."""
+        return not (self._skipped or self._spiked or self._poisoned)
+
     def poison(self, first_step: int, reason: str) -> None:
         """Declare the run beyond repair by further steps, from `first_step` on."""
         self._poisoned = self._poisoned or (first_step, reason)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.agreement import on_main
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
+from trainer.ema import averaged_weights, update_average
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import STOPPED_EARLY, Preemption
@@ -86,6 +87,7 @@ def _train_step(
     engine.set_learning_rate(rate(config, step))
     skipped, grad_norm = engine.step()
     engine.project(engine.method.bounded_parameters())
+    update_average(engine)
     engine.method.after_step()
     run.window.steps += 1
     run.window.outcomes.append((step, skipped, terms["loss"].detach()))
@@ -140,7 +142,9 @@ def _save(run: Run, final: bool = False) -> None:
         state.method_state = {}
     run.last_saved = state.step
     if run.metrics:
-        prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
+        # Not while steps go wrong: the run may have to go back to the oldest one kept.
+        if run.guard.is_calm:
+            prune_checkpoints(checkpoints, run.config.checkpoint.keep_last, run.config.checkpoint.keep_every)
         size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
         seconds = time.perf_counter() - started
         details = {"state_hash": state.method_digest[:16]} if state.method_digest else {}
@@ -183,10 +187,11 @@ def _evaluate_if_due(run: Run) -> None:
     if recorded.issuperset(config.sets):
         return
     average_local_statistics(run.engine)
-    for result in run.evaluation.run(run.engine):
-        run.watchdog.enter(step, "evaluate")
-        if run.metrics and result.name not in recorded:
-            run.metrics.event("eval", step, set=result.name, **result.figures)
-            run.console.line(f"eval {result.name}: {result.summary()}")
+    with averaged_weights(run.engine):
+        for result in run.evaluation.run(run.engine):
+            run.watchdog.enter(step, "evaluate")
+            if run.metrics and result.name not in recorded:
+                run.metrics.event("eval", step, set=result.name, **result.figures)
+                run.console.line(f"eval {result.name}: {result.summary()}")
     # Evaluation time is not training time.
     run.window.restart()

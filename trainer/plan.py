@@ -9,7 +9,9 @@ from trainer.methods.base import Method
 _FP32 = 4
 
 
-def memory_per_rank(parameters: int, stage: int, world_size: int, offload_optimizer: bool) -> dict[str, float]:
+def memory_per_rank(
+    parameters: int, stage: int, world_size: int, offload_optimizer: bool, averages: bool = False
+) -> dict[str, float]:
     """Bytes of model state on one rank's device: fp32 parameters, gradients, Adam's two moments, ZeRO's master copy.
 
     Args:
@@ -17,10 +19,11 @@ def memory_per_rank(parameters: int, stage: int, world_size: int, offload_optimi
         stage: ZeRO stage.
         world_size: Ranks.
         offload_optimizer: Moments and master live in host memory.
+        averages: The optimizer also keeps a moving average of the weights.
     """
     share = parameters / world_size
     masters = 0.0 if stage == 0 else share
-    moments = 2.0 * (parameters if stage == 0 else share)
+    moments = (3.0 if averages else 2.0) * (parameters if stage == 0 else share)
     return {
         "parameters": _FP32 * (share if stage == 3 else parameters),
         "gradients": _FP32 * (share if stage >= 2 else parameters),
@@ -54,7 +57,8 @@ def describe_plan(
     towers = {"image tower": method.model.image_tower, "text tower": method.model.text_tower}
     counts = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
     counts["heads and temperature"] = sum(p.numel() for p in method.parameters()) - sum(counts.values())
-    memory = memory_per_rank(trained, resolved.stage, plan.world_size, resolved.offload_optimizer)
+    averages = config.train.ema_decay is not None
+    memory = memory_per_rank(trained, resolved.stage, plan.world_size, resolved.offload_optimizer, averages)
     feature_bytes = 2 if config.train.communication_dtype == "bf16" else _FP32
     # A third, masked pass (mlm_shared_pass false) stays on its rank; every other text view is gathered.
     gathered = min(len(method.text_views), 2)

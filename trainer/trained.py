@@ -14,12 +14,12 @@ from trainer.assemble import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.checkpoint.shards import read_optimizer_state, read_weights
 from trainer.config import RunConfig, load_config
+from trainer.ema import AVERAGE
 from trainer.errors import ConfigError
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_AVERAGE = "ema"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def load_trained(run: Path, step: int | None = None, weights: str = "auto") -> T
     tokenizer = build_tokenizer(config)
     method = build_method(config, tokenizer)
     state = dict(read_weights(folder))
-    averaged = read_optimizer_state(folder)[0].get(_AVERAGE) if weights != "trained" else None
+    averaged = None
+    if weights != "trained" and config.train.ema_decay:
+        averaged = read_optimizer_state(folder)[0].get(AVERAGE)
     if averaged is None and weights == "ema":
         raise ConfigError(f"{folder} holds no moving average; train with --train.ema_decay, or use --weights trained")
     try:

@@ -20,7 +20,7 @@ def test_rows_and_bytes():
 
 
 def test_pictures_compress_like_photographs():
-    jpeg = loader._jpeg(loader.make_photo(0), 256)
+    jpeg = loader.encode_jpeg(loader.make_photo(0), 256)
     assert Image.open(io.BytesIO(jpeg)).size == (341, 256)
     # About 3 bits per pixel at this quality; noise takes 8 and drawings less than 1.
     assert 2 < len(jpeg) * 8 / (341 * 256) < 4.5

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
-from data.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
+from data.augment import AUGMENTATIONS, ImageAugmentation, align, eval_view, random_views
 from data.decode import open_image
 from data.errors import DataError
 from data.rng import keyed_rng
@@ -107,17 +107,16 @@ def jitter_reference(image: Image.Image, augmentation: ImageAugmentation, rng: n
     return tensor.permute(1, 2, 0).numpy()
 
 
-# Pillow turns hue on 8-bit HSV, the tensor kernels in floats: hence the wider bound where hue takes part.
-@pytest.mark.parametrize(("hue", "tolerance"), [(0.0, 3), (0.1, 20)])
+@pytest.mark.parametrize("hue", [0.0, 0.1])
 @pytest.mark.parametrize("key", range(10))
-def test_colour_jitter_follows_torchvision(key, hue, tolerance):
+def test_colour_jitter_follows_torchvision(key, hue):
     augmentation = ImageAugmentation(brightness=0.4, contrast=0.4, saturation=0.4, hue=hue)
     image = picture(48, 48, seed=key)
     ours = np.asarray(augmentation._jitter(image, keyed_rng(key)), dtype=int)
     theirs = jitter_reference(image, augmentation, keyed_rng(key))
     difference = np.abs(ours - theirs)
     assert difference.mean() < 2
-    assert np.quantile(difference, 0.99) <= tolerance
+    assert np.quantile(difference, 0.99) <= 3
 
 
 def test_probabilities_of_the_steps():
@@ -166,6 +165,16 @@ def test_eval_view_equals_torchvision(size, image_size, resize_size):
     difference = np.abs(eval_view(image, image_size, resize_size).transpose(1, 2, 0) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("box", [(0, 0, 1003, 757), (3, 5, 1003, 750), (499, 123, 900, 701)])
+def test_aligned_boxes_move_by_half_a_decoded_pixel_at_most(box, factor):
+    size = (1003, 757)
+    aligned = align(box, size, factor)
+    assert all(abs(new - old) <= factor / 2 for new, old in zip(aligned, box, strict=True))
+    assert all(edge % factor == 0 or edge == size[axis % 2] for axis, edge in enumerate(aligned))
+    assert aligned == align(aligned, size, factor)
 
 
 def test_shrunken_jpeg_decode_changes_views_little():

@@ -82,3 +82,14 @@ def test_in_the_loop_on_one_two_and_three_ranks(shards, cache, tmp_path):
         found.append(evals[0])
     assert found[0]["samples"] == 37
     assert found[0] == found[1] == found[2]
+
+    # A finished run that is started again adds nothing, and one that ended before its evaluation makes up for it.
+    run_dir = tmp_path / "run1"
+    again = ["--run_dir", str(run_dir), "--resume", "auto"]
+    whole = [record for record in metrics(run_dir) if record.get("event") == "eval"]
+    path = run_dir / "metrics.jsonl"
+    for spoil in (False, True):
+        if spoil:
+            path.write_text("".join(line for line in path.open() if '"eval", "step": 2' not in line))
+        run_trainer(again, cache)
+        assert [record for record in metrics(run_dir) if record.get("event") == "eval"] == whole

@@ -29,6 +29,7 @@ def test_skipped_steps_count_in_a_row_only():
     seen = [guard.judge(step, skipped, 1.0) for step, skipped in enumerate([1, 1, 0, 1, 1], 1)]
     assert [entry and entry.in_a_row for entry in seen] == [1, 2, None, 1, 2]
     assert guard.trouble() is None
+    assert not guard.is_calm
     guard.judge(6, True, math.nan)
     assert guard.trouble().first_step == 4
 
@@ -112,7 +113,11 @@ def test_what_recurs_ends_the_run(shards, cache, tmp_path):
     assert "Traceback" not in finished.output
     assert [event["from_step"] for event in events(tmp_path / "run", "rollback")] == [10]
 
-    without = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "other"), "--checkpoint.every", "0"]
-    finished = Launched(without, 1, cache, {"spoil_loss": {"steps": [2, 3, 4]}}).leave()
+    # Bad from before the first checkpoint on.
+    without = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "other"), "--checkpoint.every", "2"]
+    faults = {"spoil_loss": {"steps": [2, 3, 4, 5]}}
+    finished = Launched([*without, "--checkpoint.keep_last", "1", "--guard.max_skipped", "4"], 1, cache, faults).leave()
     assert finished.codes == [2]
-    assert "there is no checkpoint from before to go back to" in finished.output
+    assert "(since step 2), and there is no checkpoint from before to go back to" in finished.output
+    # None is deleted while steps go wrong.
+    assert sorted(folder.name for folder in (tmp_path / "other" / "checkpoints").glob("step_*")) == ["step_2", "step_4"]

@@ -5,8 +5,11 @@ import math
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from trainer.config import LoggingConfig
-from trainer.metrics import MetricsWriter, truncate_records
+from trainer.errors import ConfigError
+from trainer.metrics import MetricsWriter, evaluated_sets, truncate_records
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -25,8 +28,11 @@ def test_truncation_drops_later_steps_and_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
     path.write_text("".join(lines) + '{"step": 2, "lo')
+    bad = tmp_path / "bad_samples.jsonl"
+    bad.write_text("".join(json.dumps({"step": step, "key": "a"}) + "\n" for step in (2, 3, 4)))
     assert truncate_records(tmp_path, 3) == 3
     assert path.read_text() == "".join(lines[:3])
+    assert [json.loads(line)["step"] for line in bad.read_text().splitlines()] == [2, 3]
     assert truncate_records(tmp_path, 3) == 0
     assert truncate_records(tmp_path / "nowhere", 3) == 0
 
@@ -60,3 +66,21 @@ def test_wandb_continues_a_run_and_keeps_namesakes_apart(tmp_path, monkeypatch):
     assert [settings["name"] for settings in opened] == ["seed0"] * 3
     started, resumed, namesake = [settings["id"] for settings in opened]
     assert started == resumed != namesake
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path, QUIET)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(No space left on device\)"):
+        writer.event("eval", 1, set="a")
+
+
+def test_sets_on_record(tmp_path):
+    writer = MetricsWriter(tmp_path, QUIET)
+    writer.event("eval", 1, set="a", acc1=0.5)
+    writer.event("eval", 2, set="a", acc1=0.5)
+    writer.event("eval", 2, set="b", acc1=0.5)
+    writer.close()
+    assert evaluated_sets(tmp_path, 1) == {"a"}
+    assert evaluated_sets(tmp_path, 2) == {"a", "b"}
+    assert evaluated_sets(tmp_path / "nowhere", 2) == set()

@@ -15,6 +15,7 @@ from trainer.agreement import together
 from trainer.checkpoint.layout import Layout, overlaps
 from trainer.checkpoint.shards import TRAINER_STATE, Joined, Shard, read_file, read_weights
 from trainer.checkpoint.state import TrainerState
+from trainer.ema import AVERAGE
 from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.optimizer import optimizer_family
@@ -177,6 +178,8 @@ class _Targets:
     def clear(self) -> None:
         """As before the first step: an engine that goes back in the middle of a run has moments of its own."""
         for key in self._keys:
+            # A checkpoint from before it was switched on has none, and it starts from the weights again.
+            self._optimizer.state[key].pop(AVERAGE, None)
             for name, value in self._optimizer.state[key].items():
                 if isinstance(value, Tensor):
                     value.zero_()

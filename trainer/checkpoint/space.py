@@ -55,7 +55,7 @@ class Estimate:
 
 def rank_bytes(engine: Engine, layout: Layout, method_state: dict[str, Any], rank: int) -> int:
     """Bytes that `rank` writes per checkpoint, an upper bound close to the truth."""
-    copies = 1 + _MOMENTS[layout.optimizer]
+    copies = 1 + _MOMENTS[layout.optimizer] + (engine.ema_decay is not None)
     groups = range(len(layout.parameter_names))
     trained = sum(sum(layout.group_sizes(group)) for group in groups)
     frozen = sum(math.prod(shape) for shape in layout.frozen_shapes.values())
