@@ -96,17 +96,22 @@ def write_shards(folder: Path, size: int, settings: Settings) -> list[str]:
     import webdataset
 
     jpegs = [encode_jpeg(make_photo(seed), size) for seed in range(settings.num_photos)]
-    rng = np.random.default_rng(0)
-    words = _VOCABULARY.split()
+    captions = _captions()
     paths = []
     for shard, rows in enumerate(np.array_split(np.arange(settings.num_samples), settings.shards)):
         path = folder / f"{size}-{shard:05d}.tar"
         with webdataset.TarWriter(str(path)) as writer:
             for row in rows:
-                caption = " ".join(rng.choice(words, size=rng.integers(8, 15)))
-                writer.write({"__key__": f"{row:06d}", "jpg": jpegs[row % len(jpegs)], "txt": caption})
+                writer.write({"__key__": f"{row:06d}", "jpg": jpegs[row % len(jpegs)], "txt": next(captions)})
         paths.append(str(path))
     return paths
+
+
+def _captions() -> Iterator[str]:
+    rng = np.random.default_rng(0)
+    words = _VOCABULARY.split()
+    while True:
+        yield " ".join(rng.choice(words, size=rng.integers(8, 15)))
 
 
 def encode_jpeg(photo: Image.Image, size: int) -> bytes:
@@ -166,6 +171,33 @@ def measure_peer(shards: list[str], cache: str, batch_size: int, batches: int, r
     return _measure(iter(pipeline), itemgetter(0), batches, repeats)
 
 
+def measure_our_tokens(num_captions: int, repeats: int) -> Measurement:
+    """Our tokenizer on captions of known words."""
+    from data.tokenizer import ClipTokenizer
+
+    return _measure_tokens(ClipTokenizer().encode, num_captions, repeats)
+
+
+def measure_peer_tokens(num_captions: int, repeats: int) -> Measurement:
+    """open_clip's, one caption at a time as its loader calls it."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    return _measure_tokens(lambda caption: tokenizer(caption)[0], num_captions, repeats)
+
+
+def _measure_tokens(encode: Callable[[str], Any], num_captions: int, repeats: int) -> Measurement:
+    captions = list(itertools.islice(_captions(), num_captions))
+    seconds = []
+    # The first pass fills the tables of known words.
+    for _ in range(1 + repeats):
+        start = time.process_time()
+        for caption in captions:
+            encode(caption)
+        seconds.append((time.process_time() - start) / num_captions)
+    return Measurement({"caption": min(seconds[1:])})
+
+
 def _measure(loader: Iterator[Any], get_images: Callable[[Any], Tensor], batches: int, repeats: int) -> Measurement:
     images = get_images(next(loader))
     num_images = images.numel() // (3 * _IMAGE_SIZE**2)
@@ -199,4 +231,9 @@ def run(runner: Runner, peers: Sequence[Peer], settings: Settings) -> list[Row]:
         case = f"JPEGs of {size} pixels"
         rows += compare(NAME, case, "one core", "images/s", rates, _TARGETS.get(size))
         rows += compare(NAME, case, "batch, per image", "KiB", kib)
-    return rows
+    arguments = {"num_captions": settings.num_samples, "repeats": settings.repeats}
+    jobs = {OURS: Job(measure_our_tokens, arguments)}
+    jobs |= {peer.name: Job(measure_peer_tokens, arguments, peer) for peer in peers}
+    results = interleave(runner, jobs, rounds=settings.rounds)
+    rates = {name: 1 / result.seconds["caption"] for name, result in results.items()}
+    return [*rows, *compare(NAME, "captions to token ids", "one core", "captions/s", rates)]

@@ -12,7 +12,9 @@ def test_rows_and_bytes():
     settings = loader.Settings(
         sizes=(64,), num_photos=2, num_samples=8, shards=2, batch_size=2, batches=1, repeats=1, rounds=1
     )
-    rows = {row.quantity: row for row in loader.run(run_inline, [Peer("open_clip")], settings)}
+    *found, tokens = loader.run(run_inline, [Peer("open_clip")], settings)
+    assert tokens.unit == "captions/s" and tokens.ours > 0 and tokens.reference_value > 0
+    rows = {row.quantity: row for row in found}
     assert rows.keys() == {"one core", "batch, per image"}
     kib = rows["batch, per image"]
     assert (kib.ours, kib.reference_value) == (3 * 224 * 224 / 1024, 4 * 3 * 224 * 224 / 1024)
