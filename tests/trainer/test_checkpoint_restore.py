@@ -25,7 +25,7 @@ LOADED = {
         ((2, "zero3_offload"), 1, "zero2"),
         ((2, "zero2"), 1, "zero3_offload"),
     ],
-    4: [((2, "zero3"), 2, "zero3"), ((2, "zero1"), 1, "zero3"), ((2, "zero3"), 1, "zero2"), ((1, "zero0"), 1, "zero1")],
+    4: [((2, "zero3"), 2, "zero3"), ((2, "zero1"), 1, "zero3"), ((2, "zero3"), 1, "zero2")],
 }
 
 
