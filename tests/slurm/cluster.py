@@ -4,7 +4,6 @@ import getpass
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -19,6 +18,23 @@ LIMIT_CHECK_SECONDS = 30
 # More cores than the machine may have, and a GPU that is none: the templates ask for them and nothing here uses them.
 _CPUS = 8
 _GPU_DEVICE = "/dev/zero"
+# Ends everything when its input does: when the cluster is stopped, and when the tests are killed. It reads the daemons'
+# process ids, newest last.
+_JANITOR = """
+trap '' INT TERM
+daemons=
+while read -r daemon; do daemons="$daemon $daemons"; done
+scancel --full --signal=KILL --user "$1"
+for i in $(seq 100); do [ -n "$(squeue -h)" ] || break; sleep 0.2; done
+for number in TERM KILL; do
+  for i in $(seq 50); do
+    kill -0 $daemons || break
+    kill -$number $daemons
+    sleep 0.2
+  done
+done
+rm -rf "$2"
+"""
 
 
 def missing_tools() -> list[str]:
@@ -35,6 +51,15 @@ class Cluster:
         self.folder.chmod(0o755)
         self.environment = {**os.environ, "PATH": SEARCH_PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
+        self._janitor = subprocess.Popen(
+            ["bash", "-c", _JANITOR, "janitor", getpass.getuser(), str(self.folder)],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
 
     def start(self) -> None:
         """Start the daemons and wait until both nodes are idle."""
@@ -65,22 +90,11 @@ class Cluster:
 
     def stop(self) -> None:
         """End every job and daemon and remove the folder."""
-        try:
-            if len(self._daemons) == 4:
-                self.run("scancel", "--full", "--user", getpass.getuser(), check=False)
-                deadline = time.monotonic() + 20
-                while self.run("squeue", "-h", check=False) and time.monotonic() < deadline:
-                    time.sleep(0.2)
-        finally:
-            for daemon in reversed(self._daemons):
-                daemon.send_signal(signal.SIGTERM)
-            for daemon in reversed(self._daemons):
-                try:
-                    daemon.wait(10)
-                except subprocess.TimeoutExpired:
-                    daemon.kill()
-                    daemon.wait()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._janitor.stdin.close()
+        # Collected as they die: a dead child still answers the janitor's question whether it is there.
+        for daemon in reversed(self._daemons):
+            daemon.wait(60)
+        self._janitor.wait(60)
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """Run one of SLURM's commands in the repository's root and give what it printed."""
@@ -123,6 +137,7 @@ class Cluster:
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._daemons.append(daemon)
+        print(daemon.pid, file=self._janitor.stdin, flush=True)
 
     def _wait_until(self, condition, what: str) -> None:
         deadline = time.monotonic() + 60
