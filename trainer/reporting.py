@@ -132,11 +132,12 @@ def _report_bad_samples(run: Run, count: int) -> None:
         run.metrics.event("bad_sample", run.state.step, count=count, total=run.state.bad_samples)
     first = next(record for part in records for record in part)
     run.window.bad = []
-    seen = run.state.step * run.plan.global_batch_size
-    fraction = run.state.bad_samples / seen
+    # Replacements that cannot be read either count too, so more than one may stand for a sample trained on.
+    tried = run.state.step * run.plan.global_batch_size + run.state.bad_samples
+    fraction = run.state.bad_samples / tried
     if fraction > run.config.data.max_bad_fraction:
         raise ConfigError(
-            f"{run.state.bad_samples} of {seen} samples ({fraction:.1%}) could not be read, more than "
+            f"{run.state.bad_samples} of {tried} samples ({fraction:.1%}) could not be read, more than "
             f"data.max_bad_fraction {run.config.data.max_bad_fraction}; e.g. {first['shard']} sample '{first['key']}': "
             f"{first['reason']}; see bad_samples.jsonl, repair the shards or raise the limit"
         )

@@ -32,7 +32,7 @@ class Embedded:
         images: [N, d] unit norm.
         rows: Position of each in the stored set.
         captions: Of each sample.
-        metadata: Of each sample: its key, the content of its `.json` member, "cls".
+        metadata: Of each sample: its key, "cls", and the group of the bias probe.
         unreadable: Samples left out.
     """
 
@@ -87,7 +87,7 @@ class Evaluation:
         total = data.num_samples(samples)
         records: dict[int, tuple[list[str], dict]] = {}
         rounds = -(-total // (batch_size * world_size))
-        images = encode_images(encoder, _note_records(loader, records), total, rounds, image_size)
+        images = encode_images(encoder, _note_records(loader, records, data.probe_group), total, rounds, image_size)
         merged = self._merge_records(records)
         # Samples that could not be read have no record and leave the set.
         kept = sorted(merged)
@@ -162,9 +162,11 @@ def labels_of(embedded: Embedded, data: EvalData) -> Tensor:
     return torch.tensor(labels, device=embedded.images.device)
 
 
-def _note_records(loader: Iterator[dict], records: dict[int, tuple[list[str], dict]]) -> Iterator[dict]:
+def _note_records(loader: Iterator[dict], records: dict[int, tuple[list[str], dict]], group: str) -> Iterator[dict]:
     for batch in loader:
         rows = zip(batch["sample_index"].tolist(), batch["captions"], batch["metadata"], strict=True)
         for index, captions, metadata in rows:
-            records[index] = (captions, metadata)
+            # The whole .json members of a large set would not fit where every rank has the records of all.
+            kept = {name: metadata[name] for name in ("key", "cls", group) if name in metadata}
+            records[index] = (captions, kept)
         yield batch
