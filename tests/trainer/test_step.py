@@ -152,3 +152,25 @@ def skip_and_clip(rank, world_size, stages):
 
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any():
     run_distributed(skip_and_clip, 2, [0, 1, 2, 3], timeout_s=300)
+
+
+def bound_temperature(rank, world_size, stages):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from trainer.loop import _train_step
+
+    bound = 2.0
+    for stage in stages:
+        # A step may move the logarithm by the learning rate at most, so it starts 0.65 above its bound.
+        run, batch = build(stage, method={"logit_scale_max": bound})
+        for step in (1, 2, 3):
+            _train_step(run, step, iter([[dict(batch)]]))
+            scale = run.engine.method.model.logit_scale.log_value
+            master = scale if stage == 0 else safe_get_full_fp32_param(scale)
+            assert master.numel() == 1
+            assert bound - 5e-3 < float(master) <= bound, (stage, step)
+            assert stage == 3 or float(scale) == float(master)
+
+
+def test_the_bound_of_the_temperature_reaches_the_master():
+    run_distributed(bound_temperature, 2, [0, 1, 2, 3], timeout_s=300)
