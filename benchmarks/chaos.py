@@ -11,6 +11,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -69,13 +70,15 @@ def _row(title: str, outcomes: list[Outcome], limit: str) -> list[str]:
     ]
 
 
-def markdown(campaign: Campaign, command: str) -> str:
-    """The table, the figures it needs to be read, and every problem."""
+def markdown(campaign: Campaign, command: str, *, complete: bool) -> str:
+    """The table, what it needs to be read, and every problem."""
     rules = ["---", *["---:"] * (len(_COLUMNS) - 1)]
     lines = [list(_COLUMNS), rules, *summary(campaign.outcomes)]
     text = f"`{command}`, disk filled through a {campaign.disk_method}:\n\n"
     text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
     found = problems(campaign)
+    if not complete:
+        found.append("the campaign has not come to its end")
     return text + "\n" + ("".join(f"- {problem}\n" for problem in found) if found else "No problems.\n")
 
 
@@ -105,20 +108,21 @@ def console_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def write_results(folder: Path, command: str, seed: int, campaign: Campaign) -> None:
+def write_results(folder: Path, command: str, seed: int, campaign: Campaign, *, complete: bool) -> None:
     """Write chaos.json, with every fault, and chaos.md."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {
         "command": command,
         "machine": machine_description(),
         "seed": seed,
+        "complete": complete,
         "disk_filled_through": campaign.disk_method,
         "limits_s": {name: kind.limit_s for name, kind in KINDS.items()},
         "problems": problems(campaign),
         "faults": [asdict(outcome) for outcome in campaign.outcomes],
     }
     (folder / "chaos.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "chaos.md").write_text(markdown(campaign, command), encoding="utf-8")
+    (folder / "chaos.md").write_text(markdown(campaign, command, complete=complete), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,17 +141,24 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if argv is None else argv)])
     # In a log the table keeps its width.
     console = Console(width=None if sys.stdout.isatty() else 240)
+    # The disk that is mounted and the processes that run are given back however this ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    campaign = Campaign(folder, report=lambda outcome: console.print(_line(outcome, arguments.faults), markup=False))
+    results = arguments.out, command, arguments.seed
+
+    def report(outcome: Outcome) -> None:
+        console.print(_line(outcome, arguments.faults), markup=False)
+        write_results(*results, campaign, complete=False)
+
+    campaign = Campaign(folder, report)
     try:
         for line in plan(arguments.seed, arguments.faults, arguments.only or list(KINDS)):
             console.print(
-                f"{line.ranks} rank(s), {len(line.faults)} faults, {line.steps} steps: the uninterrupted run ..."
+                f"{line.ranks} rank(s), {len(line.faults)} faults, {line.steps} steps: first without faults ..."
             )
             campaign.run(line)
+        write_results(*results, campaign, complete=True)
     finally:
-        if campaign.outcomes:
-            write_results(arguments.out, command, arguments.seed, campaign)
         if arguments.keep:
             console.print(f"logs in {folder}")
         else:

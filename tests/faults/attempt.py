@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.faults import processes, records
 from tests.trainer.harness import ROOT
@@ -75,7 +75,7 @@ class Ending:
 
 
 class Attempt:
-    """A start of the run, from its launcher to the last process that it left.
+    """A start of the run, from its launcher to the last process that it left; as a context, none outlives the block.
 
     Args:
         command: Launcher and script.
@@ -104,6 +104,12 @@ class Attempt:
                 preexec_fn=options.before_exec,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
 
     @property
     def running(self) -> bool:
@@ -144,7 +150,7 @@ class Attempt:
         return bool(self.records())
 
     def end(self, limit_s: float) -> "Ending":
-        """Wait for the end, and end what does not. Harmless when repeated."""
+        """Wait for the end, and end what does not."""
         started = time.monotonic()
         try:
             self.process.wait(limit_s)
@@ -153,12 +159,15 @@ class Attempt:
             in_time = False
         left = processes.left_over(self.mark, GRACE_S) if in_time else {}
         seconds = time.monotonic() - started
+        self._kill()
+        return Ending(in_time, self.process.wait(), seconds, [" ".join(words).strip() for words in left.values()])
+
+    def _kill(self) -> None:
         while remaining := processes.marked(self.mark):
             processes.send(list(remaining), signal.SIGKILL)
             # The launcher stays in the process table until somebody asks for its exit code.
             self.process.poll()
             time.sleep(_POLL_S)
-        return Ending(in_time, self.process.wait(), seconds, [" ".join(words).strip() for words in left.values()])
 
     def output(self, last: int = 30) -> str:
         """The last lines that it printed."""

@@ -162,8 +162,8 @@ class Campaign:
 
     def _reference(self, line: Line) -> Path:
         run_dir = self.folder / f"reference_{line.ranks}"
-        attempt = self._start(line, line.launchers[0], run_dir, Options(["--resume", "never"]))
-        ending = attempt.end(START_LIMIT_S + 10 * line.steps)
+        with self._start(line, line.launchers[0], run_dir, Options(["--resume", "never"])) as attempt:
+            ending = attempt.end(START_LIMIT_S + 10 * line.steps)
         if not ending.in_time or ending.code:
             raise RuntimeError(f"the uninterrupted run failed:\n{attempt.output()}")
         return run_dir
@@ -202,14 +202,11 @@ class Campaign:
         outcome = Outcome(len(self.outcomes) + 1, fault.name, line.ranks, launcher)
         self.outcomes.append(outcome)
         before = records.published(stage.run_dir)
-        attempt = self._start(line, launcher, stage.run_dir, fault.options(stage))
-        try:
+        with self._start(line, launcher, stage.run_dir, fault.options(stage)) as attempt:
             outcome.struck = fault.strike(stage, attempt)
             outcome.after = attempt.advanced()
             ending = attempt.end(fault.limit_s if outcome.struck else 0.0)
-        finally:
-            attempt.end(0.0)
-            fault.heal(stage)
+        fault.heal(stage)
         outcome.code, outcome.seconds = ending.code, ending.seconds
         outcome.hang, outcome.left_over = not ending.in_time, ending.left_over
         outcome.survived = outcome.struck and not ending.code and not fault.saves_before_end
@@ -248,8 +245,8 @@ class Campaign:
 
     def _finish(self, stage: Stage, line: Line, reference: Path) -> None:
         """No more faults: the run must come to its end and be the reference."""
-        attempt = self._start(line, line.launchers[0], stage.run_dir, Options())
-        ending = attempt.end(START_LIMIT_S + 10 * line.steps)
+        with self._start(line, line.launchers[0], stage.run_dir, Options()) as attempt:
+            ending = attempt.end(START_LIMIT_S + 10 * line.steps)
         self._settle(stage, attempt)
         problems = []
         if not ending.in_time or ending.code:

@@ -216,4 +216,5 @@ def test_report_counts_each_consequence():
         "fault 2, kill_ranks (torchrun)",
         "fault 3, term_rank (python)",
     ]
-    assert "differs: 3: loss 1 instead of 2" in markdown(Finished, "command")
+    assert "differs: 3: loss 1 instead of 2" in markdown(Finished, "command", complete=True)
+    assert "has not come to its end" in markdown(Finished, "command", complete=False)
