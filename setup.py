@@ -18,8 +18,8 @@ setup(
         "torch>=2.11",
         "torchvision",
         "deepspeed>=0.19",
-        # Hugging Face towers and exports.
-        "transformers>=4.50",
+        # Hugging Face towers and exports. Older versions name the parts of their models otherwise.
+        "transformers>=5.23",
         "timm>=1.0",
         # The byte-level BPE vocabulary of CLIP ships inside this package.
         "open_clip_torch>=3.0",
@@ -53,7 +53,12 @@ setup(
             "hypothesis",
             "scikit-learn>=1.4",
             "ruff>=0.6",
+            "onnx>=1.16",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.18",
         ],
+        # python -m trainer.export --to onnx
+        "export": ["onnx>=1.16", "onnxscript>=0.5"],
         # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.
         "mpi": ["mpi4py>=4", "mpich"],
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],
