@@ -17,7 +17,8 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
-        "deepspeed>=0.19",
+        # The first in which ZeRO 1 and 2 can leave the gradient norm to the trainer, as far as tested.
+        "deepspeed>=0.19.8",
         # Hugging Face towers and exports. Older versions name the parts of their models otherwise.
         "transformers>=5.23",
         "timm>=1.0",

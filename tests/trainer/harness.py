@@ -187,6 +187,11 @@ def steps(run_dir: Path) -> dict[int, dict]:
     }
 
 
+def state_hashes(run_dir: Path) -> dict[int, str]:
+    """Hash of the queue in each checkpoint on record, by step."""
+    return {record["step"]: record["state_hash"] for record in metrics(run_dir) if record.get("event") == "checkpoint"}
+
+
 def ds_config(stage: int) -> str:
     """Path of the shipped DeepSpeed configuration of a stage."""
     return str(ROOT / "ds_configs" / f"zero{stage}.json")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, steps, write_recipe
+from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
 from tests.trainer.test_world_size import compare
 from trainer.config import GuardConfig
 from trainer.guard import Guard
@@ -88,8 +88,7 @@ def test_going_back_leaves_the_bad_batches_out(order, shards, cache, tmp_path):
     assert max(steps(tmp_path / "resumed")) == 12
     run_trainer([*resumed, "--resume", "auto"], cache, faults=FAULTS)
     assert steps(tmp_path / "resumed") == found
-    hashes = {event["step"]: event["state_hash"] for event in events(tmp_path / "whole", "checkpoint")}
-    again = {event["step"]: event["state_hash"] for event in events(tmp_path / "resumed", "checkpoint")}
+    hashes, again = state_hashes(tmp_path / "whole"), state_hashes(tmp_path / "resumed")
     assert again.pop(12)
     assert hashes == again
     assert set(hashes) == {5, 10, 15, 20}
