@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += found
         # After each benchmark: what has been measured survives an interruption.
         write_results(arguments.out, command, rows)
+        if module is views:
+            (arguments.out / "views.md").write_text(views.summary(found), encoding="utf-8")
     console.print(f"results in {arguments.out}")
     return 0
 

@@ -75,7 +75,7 @@ def _measure(trained: nn.Module, differentiate: Callable[[], Any]) -> Measuremen
     # Every step starts without gradients, as in training: their memory is part of the peak.
     step()
     trained.zero_grad()
-    return measure({"step": step}, repeats=2)
+    return measure({"step": step}, repeats=3)
 
 
 def gradient_errors(

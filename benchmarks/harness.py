@@ -107,6 +107,15 @@ def _addmm_flops(_input: torch.Size, left: torch.Size, right: torch.Size, **_opt
     return 2 * left[0] * left[1] * right[1]
 
 
+def return_freed_memory() -> None:
+    """From now on freed tensors go back to the system at once, until `measure` has watched the memory.
+
+    To be called before the first large allocation: what malloc holds already it hands out again and keeps. Without this
+    the holes between living tensors count as used, up to as much again as the tensors.
+    """
+    _set_malloc_thresholds(_SMALLEST_THRESHOLD)
+
+
 def _set_malloc_thresholds(num_bytes: int) -> None:
     c_library = ctypes.CDLL(None)
     c_library.mallopt(_M_MMAP_THRESHOLD, num_bytes)
@@ -114,8 +123,6 @@ def _set_malloc_thresholds(num_bytes: int) -> None:
 
 
 def _start_watching_memory() -> float:
-    # Freed tensors go back to the system at once; otherwise the holes between those alive count too.
-    _set_malloc_thresholds(_SMALLEST_THRESHOLD)
     gc.collect()
     # Memory that the allocator keeps after a free would be handed out again without a rise of the resident set.
     ctypes.CDLL(None).malloc_trim(0)

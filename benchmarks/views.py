@@ -24,7 +24,7 @@ from torchvision.transforms import functional, v2
 from benchmarks.harness import Measurement
 from benchmarks.loader import encode_jpeg, make_photo
 from benchmarks.processes import Job, Peer, Runner
-from benchmarks.report import OURS, Row, compare
+from benchmarks.report import OURS, Row, compare, number_text
 from data.augment import AUGMENTATIONS, DECODE_MARGIN, ImageAugmentation, align, random_views
 from data.decode import open_image, shrink_factor
 from data.pixels import gaussian_blur, turn_hue
@@ -248,6 +248,29 @@ def run(runner: Runner, peers: Sequence[Peer], settings: Settings) -> list[Row]:
                 rows += compare(NAME, step, "one view", "ms", milliseconds)
                 rows += _distance_rows(found, step, step)[:2]
     return rows
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The rows as one Markdown table per group: an implementation per line, pictures per second by size, distances."""
+    cases = list(dict.fromkeys(row.case for row in rows if row.unit == "images/s"))
+    tables = []
+    for group in dict.fromkeys(case.split(", ")[0] for case in cases):
+        columns, names = [], [OURS]
+        for case in (case for case in cases if case.startswith(f"{group}, ")):
+            for unit, title in (("images/s", "images/s"), ("of 255", "mean distance")):
+                found = [
+                    row for row in rows if (row.case, row.unit) == (case, unit) and not row.quantity.startswith("max")
+                ]
+                if found:
+                    values = {OURS: found[0].ours, **{row.reference: row.reference_value for row in found}}
+                    columns.append((f"{case.split()[-2]} px: {title}", values))
+                    names += [name for name in values if name not in names]
+        lines = [[group, *(title for title, _ in columns)], ["---", *["---:"] * len(columns)]]
+        for name in names:
+            cells = [number_text(values[name]) if values.get(name) is not None else "" for _, values in columns]
+            lines.append([name, *cells])
+        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(tables)
 
 
 def _of(values: dict[str, float], group: str) -> dict[str, float]:

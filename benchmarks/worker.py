@@ -14,7 +14,10 @@ def main() -> None:
         request = json.load(sys.stdin)
         import torch
 
+        from benchmarks.harness import return_freed_memory
+
         torch.set_num_threads(1)
+        return_freed_memory()
         function = getattr(importlib.import_module(request["module"]), request["function"])
         json.dump(function(**request["arguments"]).as_dict(), results)
 

@@ -7,7 +7,12 @@ from benchmarks.report import OURS
 
 def test_rows_and_distances():
     settings = views.Settings(sizes=(256,), num_photos=2, repeats=1)
-    rows = {(row.case, row.quantity, row.reference): row for row in views.run(run_inline, [], settings)}
+    found = views.run(run_inline, [], settings)
+    one, two = views.summary(found).split("\n\n")
+    assert [line.split("|")[1].strip() for line in one.splitlines()[2:]] == list(views._ONE_VIEW)
+    assert [line.split("|")[1].strip() for line in two.splitlines()[2:]] == list(views._TWO_VIEWS)
+    assert "256 px: images/s | 256 px: mean distance" in one.splitlines()[0]
+    rows = {(row.case, row.quantity, row.reference): row for row in found}
     for group, implementations in (("one view", views._ONE_VIEW), ("two moco_v2 views", views._TWO_VIEWS)):
         for name in set(implementations) - {OURS}:
             row = rows[f"{group}, JPEGs of 256 pixels", "one core", name]
