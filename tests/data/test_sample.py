@@ -134,7 +134,7 @@ def test_mistakes_are_named(tokenizer):
         SampleTransform(tokenizer, ("mocov2",), ("original",), 8)
     with pytest.raises(DataError, match="unknown text view 'clean'"):
         SampleTransform(tokenizer, ("clip",), ("clean",), 8)
-    with pytest.raises(DataError, match="needs a tokenizer with mask_token=True"):
+    with pytest.raises(DataError, match="needs a tokenizer with a mask token"):
         SampleTransform(ClipTokenizer(), ("clip",), ("masked",), 8)
     with pytest.raises(DataError, match="more than once"):
         SampleTransform(tokenizer, ("clip",), ("masked", "masked"), 8)

@@ -48,7 +48,7 @@ def recipe(shards, tmp_path):
         (["--frobnicate"], "unknown argument '--frobnicate'"),
         (["--ds_config", "zero7.json"], "no such file"),
         (["--resume", "/nowhere/step_3"], "neither a checkpoint folder"),
-        (["--eval.sets", "{x: {data: /nowhere}}"], "classnames.txt"),
+        (["--eval.sets", "{x: {data: /nowhere}}"], "eval.sets.x: data source '/nowhere' does not exist"),
     ],
 )
 def test_settings(arguments, expected, recipe, cache, tmp_path):

@@ -14,7 +14,7 @@ from trainer.compilation import compile_towers
 from trainer.errors import ConfigError
 
 # One layer a tower: the C++ compiler takes seconds for each piece of code.
-ARCHITECTURES["vit_one_layer"] = Architecture(VitConfig(16, 64, 1), 32, 64, TextConfig(width=64, layers=1))
+ONE_LAYER = Architecture(VitConfig(16, 64, 1), 32, 64, TextConfig(width=64, layers=1))
 # Compiled sums associate differently.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -32,11 +32,11 @@ def shorter(batch, width):
     }
 
 
-def train(stage, compiled, model):
+def train(stage, compiled):
     """Losses of four steps, and the state they end in."""
     from trainer.loop import _train_step
 
-    run, batch = build(stage, model=model, compiled=compiled)
+    run, batch = build(stage, model="vit_one_layer", compiled=compiled)
     losses = []
     for step, width in enumerate((14, 12, 10, 14), 1):
         terms, _, _ = _train_step(run, step, iter([[shorter(batch, width)]]))
@@ -44,7 +44,8 @@ def train(stage, compiled, model):
     return torch.stack(losses), run.engine.deepspeed.module.state_dict()
 
 
-def compare_compiled(rank, world_size, stage, model, backend):
+def compare_compiled(rank, world_size, stage, backend):
+    ARCHITECTURES["vit_one_layer"] = ONE_LAYER
     compiles = []
     original = torch.nn.Module.compile
 
@@ -53,11 +54,11 @@ def compare_compiled(rank, world_size, stage, model, backend):
         original(module, **options, **({"backend": backend} if backend else {}))
 
     with mock.patch.object(torch.nn.Module, "compile", counted):
-        losses, state = train(stage, True, model)
+        losses, state = train(stage, True)
     counters = torch._dynamo.utils.counters
     assert len(compiles) == 2
     assert counters["stats"]["unique_graphs"] >= 2
-    expected_losses, expected_state = train(stage, False, model)
+    expected_losses, expected_state = train(stage, False)
     torch.testing.assert_close(losses, expected_losses, **TOLERANCE)
     # Nor may a checkpoint show that the towers were compiled.
     assert list(state) == list(expected_state)
@@ -69,13 +70,13 @@ def compare_compiled(rank, world_size, stage, model, backend):
 
 @pytest.mark.slow
 def test_compiled_towers_on_one_rank():
-    run_distributed(compare_compiled, 1, 0, "vit_one_layer", None, timeout_s=550)
+    run_distributed(compare_compiled, 1, 0, None, timeout_s=550)
 
 
 @pytest.mark.slow
 def test_compiled_towers_under_zero_2():
     # The part of the compiler that meets the engine: tracing and autograd, without generating code.
-    run_distributed(compare_compiled, 2, 2, "vit_one_layer", "aot_eager", timeout_s=550)
+    run_distributed(compare_compiled, 2, 2, "aot_eager", timeout_s=550)
 
 
 def test_without_a_compiler_there_is_one_clear_line(monkeypatch):

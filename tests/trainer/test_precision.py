@@ -7,12 +7,15 @@ from trainer.config import load_config
 from trainer.ds_config import plan_batch, resolve_deepspeed
 from trainer.errors import ConfigError
 
+# At the harness's rate eight steps turn a rounding into a tenth of the gradient.
+SLOW = {"lr": 1e-4}
+
 
 @pytest.fixture(scope="module")
 def fp32(shards, cache, tmp_path_factory):
     """Records of eight steps in fp32."""
     folder = tmp_path_factory.mktemp("fp32")
-    recipe = write_recipe(folder / "tiny.yaml", shards, train={"steps": 8})
+    recipe = write_recipe(folder / "tiny.yaml", shards, train={"steps": 8}, optimizer=SLOW)
     run_trainer(["--recipe", str(recipe), "--run_dir", str(folder / "run"), "--ds_config", ds_config(0)], cache)
     return steps(folder / "run")
 
@@ -20,14 +23,14 @@ def fp32(shards, cache, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2)])
 def test_lower_precision_follows_fp32(precision, stage, fp32, shards, cache, tmp_path):
-    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 8, "precision": precision})
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 8, "precision": precision}, optimizer=SLOW)
     run_trainer(
         ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(stage)], cache, 2
     )
     found = steps(tmp_path / "run")
     for step, record in fp32.items():
-        assert found[step]["loss"] == pytest.approx(record["loss"], rel=0.02), step
-        assert found[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=0.1), step
+        assert found[step]["loss"] == pytest.approx(record["loss"], rel=0.005), step
+        assert found[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=0.03), step
     assert found[8]["loss"] != fp32[8]["loss"]
     assert not [record for record in metrics(tmp_path / "run") if record.get("event") == "skipped_step"]
 

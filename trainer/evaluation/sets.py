@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.demo import NAME as DEMO_NAME
 from data.demo import ensure_unicode_symbols
+from data.errors import DataError
 from data.image_folder import ImageFolder, open_image_folder
 from data.index import IndexedSource, IndexStore, load_sources
 from data.sources import parse_sources
@@ -60,17 +61,17 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
     """Find and index one evaluation set.
 
     Raises:
-        ConfigError: Missing folder, no shards, or a task without the class names or training samples it needs.
-        DataError: A shard that cannot be indexed.
+        ConfigError: Missing folder, no shards, a shard that cannot be indexed, or a task without the class names,
+            captions or training samples it needs; the message names the set.
     """
     folder = _folder(config.data, cache)
-    test = _open(config.data if folder is None else folder / "test", folder, cache, store)
+    test = _open(name, config.data if folder is None else folder / "test", folder, cache, store)
     train = None
     needing = [task for task in config.tasks if task in _NEED_TRAINING]
     if needing:
         if folder is None or not (folder / "train").is_dir():
             raise ConfigError(f"eval.sets.{name}: {needing[0]} needs a folder '{config.data}/train' beside test")
-        train = _open(folder / "train", folder, cache, store)
+        train = _open(name, folder / "train", folder, cache, store)
     class_names = _class_names(name, config, folder, test)
     for task in config.tasks:
         if task in _NEED_CLASSES and not class_names:
@@ -78,12 +79,14 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
                 f"eval.sets.{name}: {task} needs class names, '{config.data}' has no classnames.txt (CLIP_benchmark's "
                 "layout); add it, set class_names, or set tasks: [retrieval]"
             )
-    uncaptioned = 0 if isinstance(test, ImageFolder) else sum(source.num_uncaptioned for source in test)
-    if "retrieval" in config.tasks and (uncaptioned or isinstance(test, ImageFolder)):
-        raise ConfigError(
-            f"eval.sets.{name}: retrieval needs captions, which {uncaptioned or 'the'} samples of '{config.data}' "
-            "lack; set tasks: [zero_shot]"
-        )
+    if "retrieval" in config.tasks:
+        samples = test.num_samples if isinstance(test, ImageFolder) else sum(source.num_samples for source in test)
+        without = samples if isinstance(test, ImageFolder) else sum(source.num_uncaptioned for source in test)
+        if without:
+            raise ConfigError(
+                f"eval.sets.{name}: retrieval needs captions, {without} of {samples} samples of '{config.data}' have "
+                "none; set tasks: [zero_shot]"
+            )
     if "bias" in config.tasks and not config.probe:
         raise ConfigError(f"eval.sets.{name}: bias needs 'probe', class names by category, and 'probe_group'")
     templates = _templates(name, config, folder)
@@ -91,13 +94,16 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
     return EvalData(name, test, train, tuple(config.tasks), class_names, templates, *probe, config.max_samples)
 
 
-def _open(place: str | Path, folder: Path | None, cache: Path, store: IndexStore) -> Samples:
-    if isinstance(place, Path):
-        place = place if place.is_dir() else folder
-        if not any(place.glob("*.tar")) and any(entry.is_dir() for entry in place.iterdir()):
-            return open_image_folder(place)
-        place = _shards(place)
-    return load_sources(parse_sources(place, cache), store, captions=False)
+def _open(name: str, place: str | Path, folder: Path | None, cache: Path, store: IndexStore) -> Samples:
+    try:
+        if isinstance(place, Path):
+            place = place if place.is_dir() else folder
+            if not any(place.glob("*.tar")) and any(entry.is_dir() for entry in place.iterdir()):
+                return open_image_folder(place)
+            place = _shards(place)
+        return load_sources(parse_sources(place, cache), store, captions=False)
+    except DataError as error:
+        raise ConfigError(f"eval.sets.{name}: {error}") from None
 
 
 def _class_names(name: str, config: EvalSet, folder: Path | None, test: Samples) -> list[str]:
