@@ -1,5 +1,6 @@
 """A disk that can be filled: a small tmpfs where this user may mount one, else a limit on the size of written files."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -34,10 +35,14 @@ class SmallDisk:
         return "tmpfs" if self.is_mounted else "file-size limit"
 
     def fill(self, leave_bytes: int) -> None:
-        """Occupy all but the last bytes, growing until it is so, since the run may free some meanwhile."""
+        """Occupy all but the last bytes, growing until it is so, since the run may free or take some meanwhile."""
         with self._ballast.open("ab") as stream:
             while (room := _free_bytes(self.folder) - leave_bytes) > 0:
-                os.posix_fallocate(stream.fileno(), os.fstat(stream.fileno()).st_size, room)
+                try:
+                    os.posix_fallocate(stream.fileno(), os.fstat(stream.fileno()).st_size, room)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def free(self) -> None:
         """Give the room back."""
