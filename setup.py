@@ -57,6 +57,11 @@ setup(
             "onnx>=1.16",
             "onnxscript>=0.5",
             "onnxruntime>=1.18",
+            # Its command line judges our exports; it imports requests without requiring it.
+            "clip-benchmark>=1.6.2",
+            "requests",
+            # Looks at reports in the Chromium of the machine.
+            "playwright>=1.45",
         ],
         # python -m trainer.export --to onnx
         "export": ["onnx>=1.16", "onnxscript>=0.5"],

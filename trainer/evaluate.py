@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="loader processes per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON (default: RUN/evaluation/step_N.json)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)")
     return parser.parse_args(argv)
 
 
@@ -127,12 +127,14 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     records = benchmark_records(results, config.model.name, str(folder))
     if shifted:
         records.append(_robustness(results, arguments.reference, shifted, baselines, records[0]))
-    path = arguments.out or arguments.run_dir / "evaluation" / f"{folder.name}.json"
-    write_json(path, records)
+    out = arguments.out or arguments.run_dir / "evaluation" / folder.name
+    # A file for each, as CLIP_benchmark writes them: its `build` makes a table of a folder.
+    for record in records:
+        write_json(out / f"{record['dataset']}_{record['task']}.json", record)
     console.table(results_table(results))
     if shifted:
         console.line("  ".join(f"{name} {value:.2%}" for name, value in records[-1]["metrics"].items()))
-    console.line(f"figures in {path}")
+    console.line(f"figures in {out}")
 
 
 def _shifted(evaluation: Any, reference: str | None) -> list[str]:

@@ -60,6 +60,7 @@ def write_eval_set(folder: Path, samples: int = 37) -> Path:
     test = folder / "test"
     test.mkdir(parents=True, exist_ok=True)
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    (test / "nshards.txt").write_text("1\n")
     (folder / "classnames.txt").write_text("\n".join(names) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
     rng = np.random.default_rng(1)
@@ -67,10 +68,9 @@ def write_eval_set(folder: Path, samples: int = 37) -> Path:
         for number in range(samples):
             label = number % len(names)
             colour, shape = names[label].split()
-            record = {"captions": [f"a {colour} {shape} {number}", f"{shape} in {colour} {number}"]}
+            captions = f"a {colour} {shape} {number}\n{shape} in {colour} {number}"
             image = picture(colour, shape, rng)
-            sample = {"__key__": f"s{number:07d}", "png": image, "txt": names[label], "cls": label, "json": record}
-            sink.write(sample)
+            sink.write({"__key__": f"s{number:07d}", "png": image, "txt": captions, "cls": label})
     return folder
 
 

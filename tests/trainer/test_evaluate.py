@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -43,24 +42,59 @@ def command(module: str, *arguments: object, cache: Path, ranks: int = 1) -> sub
     return subprocess.run(words, env=environment, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
 
 
+def read_records(folder: Path) -> dict[str, dict]:
+    """What an evaluation wrote, by file."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.iterdir())}
+
+
 @pytest.mark.slow
 def test_evaluate_on_one_and_three_ranks_finds_what_training_logged(run, cache, tmp_path):
     alone = command("trainer.evaluate", run, "--device", "cpu", cache=cache)
     assert alone.returncode == 0, alone.stderr
-    records = json.loads((run / "evaluation" / "step_4.json").read_text())
-    assert [record["task"] for record in records] == [
-        "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "bias",
+    records = read_records(run / "evaluation" / "step_4")
+    assert list(records) == [
+        "shapes_bias", "shapes_linear_probe", "shapes_zeroshot_classification", "shapes_zeroshot_retrieval",
     ]  # fmt: skip
-    assert {(record["dataset"], record["model"], record["language"]) for record in records} == {
+    assert {(record["dataset"], record["model"], record["language"]) for record in records.values()} == {
         ("shapes", "vit_nano_p8_32", "en")
     }
     logged = [record for record in metrics(run) if record.get("event") == "eval"][-1]
-    for record in records:
+    for record in records.values():
         for name, value in record["metrics"].items():
             assert logged[name] == value, name
-    three = command("trainer.evaluate", run, "--device", "cpu", "--out", tmp_path / "three.json", cache=cache, ranks=3)
+    three = command("trainer.evaluate", run, "--device", "cpu", "--out", tmp_path / "three", cache=cache, ranks=3)
     assert three.returncode == 0, three.stderr
-    assert json.loads((tmp_path / "three.json").read_text()) == records
+    assert read_records(tmp_path / "three") == records
+
+
+@pytest.mark.slow
+def test_clip_benchmark_finds_the_same_on_the_export(run, cache, tmp_path):
+    exported, own, peer = (tmp_path / name for name in ("exported", "own", "peer"))
+    for module, words in (
+        ("trainer.export", ["--to", "openclip", "--out", exported]),
+        ("trainer.evaluate", ["--device", "cpu", "--out", own]),
+    ):
+        finished = command(module, run, *words, cache=cache)
+        assert finished.returncode == 0, finished.stderr
+    classification, retrieval = run.parent / "set", tmp_path / "set"
+    shutil.copytree(classification, retrieval)
+    (retrieval / "dataset_type.txt").write_text("retrieval")
+    peer.mkdir()
+    for task, root in (("zeroshot_classification", classification), ("zeroshot_retrieval", retrieval)):
+        words = ["eval", "--model", f"local-dir:{exported}", "--pretrained", "", "--dataset", "wds/shapes"]
+        words += ["--dataset_root", root, "--task", task, "--recall_k", 1, 5, 10, "--no_amp", "--num_workers", 0]
+        words += ["--output", peer / f"shapes_{task}.json"]
+        finished = command("tests.trainer.clip_benchmark_cli", *words, cache=cache)
+        assert finished.returncode == 0, finished.stderr
+    found = read_records(own)
+    for name, record in read_records(peer).items():
+        assert record.keys() <= found[name].keys()
+        assert record["metrics"].keys() <= found[name]["metrics"].keys()
+        for figure, value in record["metrics"].items():
+            assert found[name]["metrics"][figure] == pytest.approx(value, abs=1e-6), figure
+    finished = command("tests.trainer.clip_benchmark_cli", "build", own, peer, "--output", "table.csv", cache=cache)
+    assert finished.returncode == 0, finished.stderr
+    assert len((cache / "table.csv").read_text().splitlines()) == 1 + len(found) + 2
 
 
 @pytest.mark.slow
@@ -73,42 +107,54 @@ def test_overlap_finds_training_pictures_in_the_evaluation_set(run, cache):
     assert entry["metrics"]["overlap"] == len(entry["duplicates"]) / 37
 
 
-class Page(HTMLParser):
-    """Collects what a browser would load or run, and the embedded records."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.scripts: list[str | None] = []
-        self.pictures = self.curves = 0
-        self.records = ""
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        values = dict(attributes)
-        self.loads += [values[name] for name in ("src", "href", "xlink:href") if values.get(name)]
-        self.pictures += tag == "img"
-        self.curves += tag == "svg"
-        if tag == "script":
-            self.scripts.append(values.get("type"))
-
-    def handle_data(self, data: str) -> None:
-        if data.lstrip().startswith('[{"'):
-            self.records = data
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for path in map(shutil.which, names) if path), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        # The root user of a container has no sandbox.
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.mark.slow
-def test_report_is_one_file_that_says_what_was_logged(run, cache, tmp_path):
-    finished = command("trainer.report", run, "--device", "cpu", "--out", tmp_path / "page.html", cache=cache)
+def test_report_in_a_browser_says_what_was_logged(run, cache, tmp_path, browser):
+    path = tmp_path / "page.html"
+    finished = command("trainer.report", run, run, "--device", "cpu", "--out", path, cache=cache)
     assert finished.returncode == 0, finished.stderr
-    page = Page()
-    page.feed((tmp_path / "page.html").read_text())
-    assert page.scripts == ["application/json"]
-    assert all(re.match(r"data:|#", target) for target in page.loads)
-    (embedded,) = json.loads(page.records)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    messages, requests = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url.partition(":")[0]))
+    page.goto(path.as_uri(), wait_until="load")
+    assert messages == []
+    assert requests.count("file") == 1 and set(requests) <= {"file", "data"}
+    assert page.evaluate("[...document.scripts].map(script => script.type)") == ["application/json"]
+
     logged = metrics(run)
-    assert embedded["steps"] == [record for record in logged if "event" not in record]
-    assert embedded["events"] == [record for record in logged if "event" in record]
-    assert page.curves >= 10 and page.pictures >= 72
+    steps = [record for record in logged if "event" not in record]
+    for embedded in json.loads(page.text_content("#records")):
+        assert embedded["steps"] == steps
+        assert embedded["events"] == [record for record in logged if "event" in record]
+    rows = [row.split("\t") for table in page.locator("table").all_inner_texts() for row in table.splitlines()]
+    assert rows[1][1:4] == [str(steps[-1]["step"]), str(steps[-1]["samples"]), f"{steps[-1]['loss']:.4f}"]
+    (evaluated,) = [record for record in logged if record.get("event") == "eval"]
+    for name in ("acc1", "image_retrieval_recall@5", "lp_acc1"):
+        assert ["shapes", name, *[f"{evaluated[name]:.2%}"] * 2] in rows
+
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.locator("img").count() >= 2 * 72
+    boxes = page.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().height)")
+    assert len(boxes) >= 12 and min(boxes) > 100
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize(

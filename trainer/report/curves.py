@@ -8,6 +8,9 @@ from trainer.report.history import History
 
 _WIDTH, _HEIGHT = 5.4, 3.2
 
+# (samples, values) of one run.
+Series = Callable[[History], tuple[list[float], list[float]]]
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -23,7 +26,7 @@ def all_curves(histories: list[History]) -> list[Picture]:
     terms = sorted(key for key in keys if key.startswith("loss/"))
     wanted = ["loss", *terms, "logit_scale", "lr", "grad_norm", "samples_per_second", "memory_gib"]
     pictures = [_logged(histories, key) for key in wanted if key in keys]
-    pictures.append(_plot("share of time spent waiting for data", histories, _waiting))
+    pictures.append(_plot("time spent waiting for data", histories, _waiting, is_share=True))
     known = {
         "loss",
         "logit_scale",
@@ -50,14 +53,16 @@ def evaluation_curves(histories: list[History]) -> list[Picture]:
     for name in names:
         for figure, title in figures.items():
             if any(history.evaluations(name, figure)[0] for history in histories):
-                pictures.append(
-                    _plot(f"{name}: {title}", histories, lambda h, n=name, f=figure: h.evaluations(n, f), marker="o")
-                )
+                pictures.append(_share(f"{name}: {title}", histories, lambda h, n=name, f=figure: h.evaluations(n, f)))
     return pictures
 
 
 def _logged(histories: list[History], key: str) -> Picture:
     return _plot(key, histories, lambda history: history.series(key))
+
+
+def _share(title: str, histories: list[History], series: Series) -> Picture:
+    return _plot(title, histories, series, marker="o", is_share=True)
 
 
 def _waiting(history: History) -> tuple[list[float], list[float]]:
@@ -72,12 +77,17 @@ def _waiting(history: History) -> tuple[list[float], list[float]]:
 def _plot(
     title: str,
     histories: list[History],
-    series: Callable[[History], tuple[list[float], list[float]]],
+    series: Series,
     marker: str | None = None,
+    is_share: bool = False,
 ) -> Picture:
+    from matplotlib.ticker import PercentFormatter
+
     figure, axes = new_figure(_WIDTH, _HEIGHT)
     for history in histories:
         axes.plot(*series(history), marker=marker, markersize=3, linewidth=1.3, label=history.name)
+    if is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("samples")
     axes.set_title(title)
     axes.grid(alpha=0.3)

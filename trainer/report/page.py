@@ -60,10 +60,13 @@ def _evaluations(histories: list[History]) -> list[dict[str, Any]]:
             figures = [key for key, value in event.items() if key not in _NOT_FIGURES and isinstance(value, float)]
             rows.update({(name, key): None for key in figures})
     return [
-        {"set": name, "figure": key, "values_": [_percent(final.get(name, {}).get(key)) for final in finals]}
+        {"set": name, "figure": key, "values_": [_shown(key, final.get(name, {}).get(key)) for final in finals]}
         for name, key in rows
     ]
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    # The one figure that is not a share.
+    return f"{value:.3g}" if key == "lp_inverse_strength" else f"{value:.2%}"
