@@ -1,0 +1,69 @@
+"""Every command of docs/walkthrough.md, as printed but for what it installs and the port of its server."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.harness import ROOT, metrics
+
+STEPS = 120
+# The two programs that the guide gives environments of their own: what runs instead of them.
+PROGRAMS = {
+    "walkthrough/env/bin/img2dataset": "tests.docs.like_img2dataset",
+    "walkthrough/env_benchmark/bin/clip_benchmark": "tests.trainer.clip_benchmark_cli",
+}
+
+
+def commands() -> str:
+    """All commands of the guide in order, without those that install."""
+    guide = (ROOT / "docs" / "walkthrough.md").read_text()
+    script = "".join(re.findall(r"^```bash[^\n]*\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
+    kept = [line for line in script.splitlines() if not re.match(r"python -m venv|\S+/pip install", line)]
+    assert len(kept) == len(script.splitlines()) - 4
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return "set -e\n" + "\n".join(kept).replace("8642", str(port)) + "\n"
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_printed(tmp_path):
+    for name in ("trainer", "models", "losses", "data", "ds_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, module in PROGRAMS.items():
+        program = tmp_path / path
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m {module} "$@"\n')
+        program.chmod(0o755)
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DECLIP_CACHE": str(tmp_path / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        ["bash", "-c", commands()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+
+    run = tmp_path / "walkthrough" / "run"
+    records = metrics(run)
+    assert max(record["step"] for record in records) == STEPS
+    assert [record["step"] for record in records if record.get("event") == "resumed"] == [70]
+    evaluated = json.loads((run / "evaluation" / f"step_{STEPS}" / "drawn_zeroshot_classification.json").read_text())
+    judged = json.loads((tmp_path / "walkthrough" / "clip_benchmark.json").read_text())
+    assert judged["metrics"] == pytest.approx(evaluated["metrics"], abs=1e-6)
+    # Chance is 1/48.
+    assert evaluated["metrics"]["acc1"] > 0.1
+    assert (tmp_path / "walkthrough" / "table.csv").read_text().count("zeroshot_classification") == 2
+    assert (run / "report.html").stat().st_size > 100_000
