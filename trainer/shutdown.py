@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ USER_ERROR = 2
 # Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
 _GRACE_SECONDS = 1.0
 _LOST_CONTACT_SECONDS = 5.0
+_QUEUE_SECONDS = 2.0
 _LOST_CONTACT = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -99,6 +101,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
         sys.exit(USER_ERROR)
     _close_process_group()
     _finalize_mpi()
+    _join_queue_threads()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -110,6 +113,13 @@ def _close_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _join_queue_threads() -> None:
+    # One that has not yet noticed that its loader is closed holds semaphores, which Python would report as leaked.
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(_QUEUE_SECONDS)
 
 
 def _finalize_mpi() -> None:

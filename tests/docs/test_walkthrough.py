@@ -33,7 +33,7 @@ def commands() -> str:
     return "set -e\n" + "\n".join(kept).replace("8642", str(port)) + "\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=100)
 def test_the_guide_runs_as_printed(tmp_path):
     for name in ("trainer", "models", "losses", "data", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -10,7 +10,7 @@ from tests.faults.kinds import KINDS
 SHORT = ("kill_in_save", "http_half", "kill_rank_1", "disk_full")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=150)
 def test_a_run_survives_faults_in_a_row(tmp_path):
     faults = tuple(KINDS[name](random.Random(name)) for name in SHORT)
     campaign = Campaign(tmp_path)

@@ -69,7 +69,7 @@ class Job:
         self.started = time.monotonic()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=200)
 def test_interruptions_change_nothing(cluster, tmp_path, capsys):
     """One element of a job array, interrupted twice in two ways, logs what a plain run of its seed logs."""
     recipe = write_recipe(tmp_path / "tiny.yaml", write_shards(tmp_path / "shards"), train={"steps": STEPS})

@@ -81,7 +81,7 @@ def resume_on_rank(rank: int, world_size: int, folder: Path) -> list[str]:
     return problems
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_the_average_is_exact_at_every_stage_and_moves_between_them(tmp_path):
     for world_size in SAVED:
         assert run_distributed(average_on_rank, world_size, tmp_path, timeout_s=400) == [[]] * world_size
@@ -89,7 +89,7 @@ def test_the_average_is_exact_at_every_stage_and_moves_between_them(tmp_path):
         assert run_distributed(resume_on_rank, world_size, tmp_path, timeout_s=400) == [[]] * world_size
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_a_run_evaluates_and_exports_its_average_and_resumes_bitwise(tmp_path):
     evaluation = {"every": 2, "sets": {"shapes": {"data": str(write_eval_set(tmp_path / "eval"))}}, "batch_size": 16}
     train = {"steps": 6, "ema_decay": 0.5, "global_batch_size": 16}

@@ -62,7 +62,7 @@ def order(shards, cache, tmp_path_factory):
     return {step: record["data_hash"] for step, record in steps(folder / "run").items()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_going_back_leaves_the_bad_batches_out(order, shards, cache, tmp_path):
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, **SECTIONS)
     base = ["--recipe", str(recipe), "--ds_config", ds_config(2)]

@@ -20,8 +20,7 @@ def reference(shards, cache, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["clip", "declip"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("method", "stage"), [("clip", 2), *(("declip", stage) for stage in range(4))])
 def test_two_ranks_log_what_one_rank_logs(method, stage, reference, shards, cache, tmp_path):
     recipe = write_recipe(tmp_path / f"{method}.yaml", shards, method)
     arguments = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(stage)]
@@ -30,7 +29,7 @@ def test_two_ranks_log_what_one_rank_logs(method, stage, reference, shards, cach
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3)])
 def test_gradient_cache_logs_what_the_whole_batch_logs(world_size, stage, reference, shards, cache, tmp_path):
     recipe = write_recipe(tmp_path / "declip.yaml", shards, train={"micro_batch_size": 2})
     arguments = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(stage)]
