@@ -4,6 +4,8 @@ from losses.contrastive import ContrastiveTerms, contrastive_terms
 from losses.functional import normalize
 from losses.mlm import masked_lm_loss
 from losses.nearest_neighbor import NearestNeighborQueue, neighbour_statistics, reshard_queue_states
+from losses.sigmoid import sigmoid_loss
+from losses.simclr import simclr_loss
 from losses.simsiam import feature_std, simsiam_loss
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "neighbour_statistics",
     "normalize",
     "reshard_queue_states",
+    "sigmoid_loss",
+    "simclr_loss",
     "simsiam_loss",
 ]

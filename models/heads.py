@@ -1,4 +1,4 @@
-"""Heads of DeCLIP's self-supervised terms."""
+"""Heads of the self-supervised terms."""
 
 from torch import Tensor, nn
 
@@ -66,6 +66,45 @@ class SimSiamHead(nn.Module):
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [V, n, in_dim], views first")
         projections = self.projector(features.to(self.projector[0].weight.dtype))
         return projections, self.predictor(projections)
+
+
+class SimClrHead(nn.Module):
+    """SLIP's projector on the image backbone, in front of SimCLR's loss.
+
+    Args:
+        in_dim: Width of the backbone's features, before the projection to the shared space.
+        hidden_dim: Width of the two hidden layers.
+        out_dim: Width of a projection.
+        batch_norm: "sync" for statistics over all ranks, "local" for those of this rank. Always per view.
+
+    Raises:
+        ValueError: On another `batch_norm`.
+
+    Source: Mu et al. 2022, "SLIP: Self-supervision meets Language-Image Pre-training".
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int = 4096, out_dim: int = 256, *, batch_norm: str = "sync"):
+        super().__init__()
+        sync = check_batch_norm_mode(batch_norm)
+        self.projector = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            BatchNorm(hidden_dim, sync=sync),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            BatchNorm(hidden_dim, sync=sync),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Projects all views at once, [V, n, in_dim] to [V, n, out_dim]; no view sees the statistics of another.
+
+        Raises:
+            ValueError: If `pooled` is not three-dimensional.
+        """
+        if pooled.ndim != 3:
+            raise ValueError(f"features have shape {tuple(pooled.shape)}; expected [V, n, in_dim], views first")
+        return self.projector(pooled.to(self.projector[0].weight.dtype))
 
 
 class MlmHead(nn.Module):

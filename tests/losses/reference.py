@@ -64,3 +64,24 @@ class ListQueue:
 def orthogonal_info_nce(batch: int, scale: float) -> float:
     """Loss when images equal their texts and all else is orthogonal: ln(1 + (B - 1) e^-s)."""
     return math.log1p((batch - 1) * math.exp(-scale))
+
+
+def simclr(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Mean over both views of all samples of -log(exp(positive) / sum over all others but the anchor itself)."""
+    rows = torch.cat([first, second])
+    losses = []
+    for i in range(len(rows)):
+        cosines = [(rows[i] * rows[j]).sum() / rows[i].norm() / rows[j].norm() for j in range(len(rows))]
+        others = torch.stack([cosine for j, cosine in enumerate(cosines) if j != i]) / temperature
+        losses.append(torch.logsumexp(others, 0) - cosines[(i + len(first)) % len(rows)] / temperature)
+    return torch.stack(losses).mean()
+
+
+def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Sum over all pairs of log(1 + exp(-z (s x_i.y_j + b))), z = 1 for i = j and -1 elsewhere, over the batch."""
+    total = images.new_zeros(())
+    for i, image in enumerate(images):
+        for j, text in enumerate(texts):
+            logit = scale * (image * text).sum() + bias
+            total = total + torch.logaddexp(torch.zeros_like(logit), -logit if i == j else logit).sum()
+    return total / len(images)
