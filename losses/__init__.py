@@ -2,6 +2,7 @@
 
 from losses.contrastive import ContrastiveTerms, contrastive_terms
 from losses.functional import normalize
+from losses.label_smoothing import smoothing_sums, smoothing_term
 from losses.mlm import masked_lm_loss
 from losses.nearest_neighbor import NearestNeighborQueue, neighbour_statistics, reshard_queue_states
 from losses.sigmoid import sigmoid_loss
@@ -20,4 +21,6 @@ __all__ = [
     "sigmoid_loss",
     "simclr_loss",
     "simsiam_loss",
+    "smoothing_sums",
+    "smoothing_term",
 ]

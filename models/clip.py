@@ -43,10 +43,28 @@ class LogitScale(nn.Module):
         return self.log_value.float().exp()
 
 
-class ClipModel(nn.Module):
-    """Image tower, text tower and logit scale.
+class LogitBias(nn.Module):
+    """Learned bias of all logits, for losses that classify each pair by itself; of one dimension as `LogitScale`.
 
-    All parameters belong to one of the three, whose forwards the encode methods call, so the methods can be used
+    Args:
+        initial_value: Bias at the start.
+
+    Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
+    """
+
+    def __init__(self, initial_value: float):
+        super().__init__()
+        self.value = nn.Parameter(torch.full((1,), float(initial_value), dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """Returns the bias, float32 [1], outside of autocast's reach."""
+        return self.value.float()
+
+
+class ClipModel(nn.Module):
+    """Image tower, text tower, logit scale and, where the method that trains it has one, logit bias.
+
+    All parameters belong to one of them, whose forwards the encode methods call, so the methods can be used
     outside of `forward` at every ZeRO stage.
 
     Args:
@@ -74,6 +92,7 @@ class ClipModel(nn.Module):
         self.image_tower = image_tower
         self.text_tower = text_tower
         self.logit_scale = LogitScale()
+        self.logit_bias: LogitBias | None = None
         self.embed_dim = image_tower.embed_dim
 
     def encode_image(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:

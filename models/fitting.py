@@ -16,6 +16,7 @@ _IMAGE_POSITIONS = (
 _HF_POSITIONS = ("position_embeddings", "position_embedding.weight")
 _TEXT_POSITIONS = "text_tower.positional_embedding"
 _TOKENS = "text_tower.token_embedding.weight"
+_LOGIT_BIAS = "logit_bias.value"
 _NAMED = 4
 
 
@@ -23,7 +24,8 @@ def fit_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str
     """Adapts tensors to a model's sizes where that is well defined, and refuses all other differences.
 
     Image positions are interpolated to the model's grid; text positions beyond a shorter context are cut, which a
-    causal tower does not notice; a vocabulary gains or loses DeCLIP's mask token.
+    causal tower does not notice; a vocabulary gains or loses DeCLIP's mask token. The logit bias, which changes no
+    embedding, goes where the method has none, and keeps its start where the weights have none.
 
     Args:
         model: A `ClipModel`, on any device, meta included.
@@ -35,8 +37,14 @@ def fit_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str
     Raises:
         ValueError: If tensors are missing, left over or of another shape.
     """
-    own = model.state_dict()
+    own, tensors = model.state_dict(), dict(tensors)
     fitted, notes, reshaped = {}, [], []
+    if _LOGIT_BIAS in tensors and _LOGIT_BIAS not in own:
+        del tensors[_LOGIT_BIAS]
+        notes.append("logit_bias left out: this method has none")
+    elif _LOGIT_BIAS in own and _LOGIT_BIAS not in tensors:
+        tensors[_LOGIT_BIAS] = own[_LOGIT_BIAS]
+        notes.append("the weights have no logit_bias; it starts at method.logit_bias_init")
     for name, tensor in tensors.items():
         wanted = own.get(name)
         if wanted is None or wanted.shape == tensor.shape:

@@ -91,7 +91,7 @@ def convert(state_dict: Mapping[str, Tensor], layout: str) -> Converted:
 
 
 def _from_open_clip(state: dict[str, Tensor]) -> Converted:
-    if "logit_bias" in state:
+    if "logit_bias" in state and "text.token_embedding.weight" in state:
         raise ValueError(
             "these open_clip weights are of a SigLIP model, whose text tower is not causal; import its Hugging Face "
             "form with model.name and model.text_name hf:<folder>"
@@ -104,9 +104,7 @@ def _from_open_clip(state: dict[str, Tensor]) -> Converted:
 def _from_hugging_face(state: dict[str, Tensor]) -> Converted:
     if not any(name.startswith("vision_model.head.") for name in state):
         return Converted(from_hugging_face(state), [])
-    # A bias shared by all logits changes no softmax and no embedding.
-    left_out = [name for name in state if name == "logit_bias"]
-    return Converted(from_siglip({name: value for name, value in state.items() if name not in left_out}), left_out)
+    return Converted(from_siglip(state), [])
 
 
 def _from_declip(state: dict[str, Tensor]) -> Converted:

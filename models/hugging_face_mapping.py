@@ -41,6 +41,7 @@ _ALONE = {
     "text_tower.text_projection.weight": "text_projection.weight",
     "logit_scale.log_value": "logit_scale",
 }
+_SIGLIP_ALONE = {"logit_scale": "logit_scale.log_value", "logit_bias": "logit_bias.value"}
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
@@ -109,7 +110,7 @@ def from_siglip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         for ours, (theirs, _) in _TOWERS.items():
             name = re.sub(f"^{theirs}\\.", f"{ours}.backbone.", name)
-        converted["logit_scale.log_value" if name == "logit_scale" else name] = tensor
+        converted[_SIGLIP_ALONE.get(name, name)] = tensor
     return converted
 
 

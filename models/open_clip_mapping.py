@@ -1,7 +1,7 @@
 """State dicts of `ClipModel` to and from those of open_clip's CLIP.
 
 Most tensors only change their prefix. The exceptions are listed in `_TENSORS`: open_clip holds the two projections as
-matrices to multiply from the right, the patch embedding as a convolution and the logit scale without a dimension.
+matrices to multiply from the right, the patch embedding as a convolution, and logit scale and bias without a dimension.
 """
 
 import math
@@ -33,6 +33,7 @@ def _linear_to_convolution(weight: Tensor) -> Tensor:
 
 _TENSORS = (
     _Conversion("logit_scale.log_value", "logit_scale", lambda t: t.squeeze(0), lambda t: t.reshape(1)),
+    _Conversion("logit_bias.value", "logit_bias", lambda t: t.squeeze(0), lambda t: t.reshape(1)),
     _Conversion(
         "image_tower.patch_embed.weight", "visual.conv1.weight", _linear_to_convolution, lambda t: t.flatten(1)
     ),

@@ -65,6 +65,8 @@ def write_card(exported: "Exported", layout: str, path: Path) -> None:
         "Weights": "moving average" if exported.weights == "ema" else "as trained",
         "Logit scale": f"{float(model.logit_scale()):.3f}",
     }
+    if model.logit_bias is not None:
+        rows["Logit bias"] = f"{float(model.logit_bias()):.3f}"
     if config.model.pretrained:
         rows["Started from"] = f"`{config.model.pretrained}`"
     lines = ["---", f"library_name: {_LIBRARIES.get(layout, 'declip-trainer')}"]

@@ -29,6 +29,10 @@ def write_huggingface(model: ClipModel, tokenizer: CaptionTokenizer, config: Run
     check_clip_text(model, tokenizer, "huggingface")
     if config.model.text_projection_bias:
         raise ConfigError("transformers' CLIPModel has no bias in its text projection, this run has; use --to openclip")
+    if model.logit_bias is not None:
+        raise ConfigError(
+            f"transformers' CLIPModel has no logit bias, which {config.method['name']} trains; use --to openclip"
+        )
     described = _describe(model, tokenizer, config)
     with torch.device("meta"):
         target = transformers.CLIPModel(described)

@@ -41,7 +41,8 @@ def write_onnx(model: ClipModel, config: RunConfig, out: Path) -> None:
     """Write `image_encoder.onnx` and `text_encoder.onnx`, for any batch size.
 
     Inputs: `pixels` float32 [n, 3, S, S] in [0, 1]; `token_ids` int64 [n, context_length] and `text_lengths` int64 [n].
-    Output of both: `embeddings` float32 [n, embed_dim], unit norm. The logit scale is in the metadata of both graphs.
+    Output of both: `embeddings` float32 [n, embed_dim], unit norm. The logit scale, and the bias where there
+    is one, are in the metadata of both graphs.
 
     Raises:
         ConfigError: The exporter is not installed, or cannot translate a tower.
@@ -49,12 +50,14 @@ def write_onnx(model: ClipModel, config: RunConfig, out: Path) -> None:
     side, length = model.image_tower.image_size, config.model.context_length
     pixels = torch.rand(_BATCH, 3, side, side)
     ids, lengths = torch.ones(_BATCH, length, dtype=torch.int64), torch.full((_BATCH,), length)
-    scale = math.exp(float(model.logit_scale.log_value))
-    _write(_ImageEncoder(model), {"pixels": pixels}, scale, out / "image_encoder.onnx")
-    _write(_TextEncoder(model), {"token_ids": ids, "text_lengths": lengths}, scale, out / "text_encoder.onnx")
+    numbers = {"logit_scale": math.exp(float(model.logit_scale.log_value))}
+    if model.logit_bias is not None:
+        numbers["logit_bias"] = float(model.logit_bias())
+    _write(_ImageEncoder(model), {"pixels": pixels}, numbers, out / "image_encoder.onnx")
+    _write(_TextEncoder(model), {"token_ids": ids, "text_lengths": lengths}, numbers, out / "text_encoder.onnx")
 
 
-def _write(module: nn.Module, inputs: dict[str, Tensor], scale: float, path: Path) -> None:
+def _write(module: nn.Module, inputs: dict[str, Tensor], numbers: dict[str, float], path: Path) -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -76,5 +79,6 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], scale: float, path: Pat
         raise ConfigError(f"torch cannot translate this tower to ONNX ({reason}); use --to safetensors") from None
     program.save(path, external_data=False)
     graph = onnx.load(path)
-    graph.metadata_props.add(key="logit_scale", value=repr(scale))
+    for name, value in numbers.items():
+        graph.metadata_props.add(key=name, value=repr(value))
     onnx.save(graph, path)

@@ -39,6 +39,9 @@ def write_openclip(model: ClipModel, tokenizer: CaptionTokenizer, config: RunCon
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
+    if model.logit_bias is not None:
+        # Without it open_clip has no place for the trained one.
+        model_cfg["init_logit_bias"] = float(model.logit_bias())
     described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (out / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     save_tensors(to_open_clip(stock_state(model, tokenizer)), out / "open_clip_model.safetensors")

@@ -71,9 +71,9 @@ def simclr(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     rows = torch.cat([first, second])
     losses = []
     for i in range(len(rows)):
-        cosines = [(rows[i] * rows[j]).sum() / rows[i].norm() / rows[j].norm() for j in range(len(rows))]
-        others = torch.stack([cosine for j, cosine in enumerate(cosines) if j != i]) / temperature
-        losses.append(torch.logsumexp(others, 0) - cosines[(i + len(first)) % len(rows)] / temperature)
+        logits = [(rows[i] * row).sum() / temperature for row in rows]
+        others = torch.stack([logit for j, logit in enumerate(logits) if j != i])
+        losses.append(torch.logsumexp(others, 0) - logits[(i + len(first)) % len(rows)])
     return torch.stack(losses).mean()
 
 
@@ -85,3 +85,10 @@ def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tenso
             logit = scale * (image * text).sum() + bias
             total = total + torch.logaddexp(torch.zeros_like(logit), -logit if i == j else logit).sum()
     return total / len(images)
+
+
+def smoothed_info_nce(images: Tensor, texts: Tensor, scale: Tensor, smoothing: float) -> Tensor:
+    """Both directions of cross-entropy with targets (1 - e) * one-hot + e / B, averaged."""
+    targets = (1 - smoothing) * torch.eye(len(images), dtype=images.dtype) + smoothing / len(images)
+    logits = scale * images @ texts.T
+    return -((targets * logits.log_softmax(1)).sum() + (targets * logits.log_softmax(0)).sum()) / (2 * len(images))

@@ -6,6 +6,7 @@ import timm
 import torch
 import transformers
 
+from models.clip import LogitBias
 from models.fitting import fit_state
 from models.foreign_layouts import convert, detect_format
 from models.hugging_face_mapping import from_hugging_face, to_hugging_face
@@ -63,7 +64,10 @@ def test_hugging_face_siglip_becomes_two_towers_with_the_same_outputs(tmp_path):
     reference = transformers.SiglipModel.from_pretrained(folder).eval()
     tower = {"image_projection": "none", "text_projection": "none", "text_name": f"hf:{folder}", "embed_dim": 32}
     model = build_model(f"hf:{folder}", vocab_size=VOCAB_SIZE, context_length=20, **tower).eval()
-    assert load(model, reference.state_dict(), "huggingface") == ["logit_bias"]
+    assert load(model, reference.state_dict(), "huggingface") == []
+    model.logit_bias = LogitBias(0.0)
+    assert load(model, reference.state_dict(), "huggingface") == []
+    assert torch.equal(model.logit_bias(), reference.logit_bias)
     images, ids = torch.randn(2, 3, 32, 32), torch.randint(5, VOCAB_SIZE, (2, 20))
     with torch.no_grad():
         output = reference(input_ids=ids, pixel_values=images)
@@ -164,7 +168,8 @@ def test_slips_small_model_is_refused_for_its_heads():
 def test_models_that_compute_otherwise_are_refused():
     state = make_reference("vit_nano_p8_32").state_dict()
     with pytest.raises(ValueError, match="of a SigLIP model, whose text tower is not causal"):
-        convert({**state, "logit_bias": torch.zeros(())}, "openclip")
+        text = {f"text.{k}": v for k, v in state.items() if not k.startswith(("visual.", "logit"))}
+        convert({**text, "logit_bias": torch.zeros(())}, "openclip")
     with pytest.raises(ValueError, match=r"of no known project \(they hold fc.weight, ...\); known: native, openclip"):
         detect_format(["fc.weight"])
 

@@ -5,14 +5,18 @@ from typing import Any
 
 from trainer.config import Section, validate_section
 from trainer.errors import ConfigError
+from trainer.methods.align import AlignMethod
 from trainer.methods.base import Method
 from trainer.methods.clip import ClipMethod
 from trainer.methods.declip import DeclipMethod
+from trainer.methods.siglip import SiglipMethod
 from trainer.methods.slip import SlipMethod
 
 METHODS: dict[str, type[Method]] = {
+    "align": AlignMethod,
     "clip": ClipMethod,
     "declip": DeclipMethod,
+    "siglip": SiglipMethod,
     "slip": SlipMethod,
 }
 

@@ -73,8 +73,17 @@ class Method(nn.Module):
         return {"image": self.embed_image, "text": self.embed_text}[phase](inputs)
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features of one micro-batch; see the subclass for names and shapes."""
-        raise NotImplementedError
+        """Features of one micro-batch: those of all views, unless a method needs others.
+
+        Returns:
+            image_features [V, m, embed_dim] and text_features [K, m, embed_dim], not normalised.
+        """
+        token_ids = batch["token_ids"]
+        text = self.model.encode_text(token_ids.flatten(0, 1), batch["text_lengths"].flatten())
+        return {
+            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
+            "text_features": text.features.unflatten(0, token_ids.shape[:2]),
+        }
 
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named terms of the whole local share of the global batch."""
@@ -102,6 +111,12 @@ class Method(nn.Module):
         """Temperatures and their bounds."""
         scale = self.model.logit_scale.log_value
         return [BoundedParameter(scale, self.settings.logit_scale_min, self.settings.logit_scale_max)]
+
+    def exchanged_per_sample(self) -> tuple[int, int]:
+        """For the plan: numbers that ranks gather per sample in the forward, and reduce per sample in the backward."""
+        # A third, masked pass (mlm_shared_pass false) stays on its rank; every other text view is gathered.
+        features = min(len(self.text_views), 2) * self.model.embed_dim
+        return features, features
 
     def describe(self, global_batch_size: int) -> list[str]:
         """Lines for the log: how many negatives each term sees."""

@@ -22,14 +22,6 @@ class ClipMethod(Method):
     image_views = ("base",)
     text_views = ("original",)
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """image_features and text_features, each [1, m, embed_dim], not normalised."""
-        text = self.model.encode_text(batch["token_ids"][0], batch["text_lengths"][0])
-        return {
-            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
-            "text_features": text.features.unsqueeze(0),
-        }
-
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The symmetric InfoNCE of the global batch, this rank's share."""
         scale = self.model.logit_scale()

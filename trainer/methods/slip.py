@@ -87,6 +87,11 @@ class SlipMethod(Method):
         """Spread of SimCLR's projections: 0 when they have collapsed."""
         return {} if self._projections is None else {"simclr/std": float(feature_std(self._projections))}
 
+    def exchanged_per_sample(self) -> tuple[int, int]:
+        """Captions' features both ways; projections of two views forward only."""
+        gathered, reduced = super().exchanged_per_sample()
+        return gathered + (2 * self.settings.simclr_out_dim if self.settings.w_simclr else 0), reduced
+
     def describe(self, global_batch_size: int) -> list[str]:
         """Negatives of both terms."""
         lines = super().describe(global_batch_size)
