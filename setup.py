@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "models*", "losses*", "data*"]),
-    package_data={"trainer": ["recipes/*.yaml", "report/*.j2"]},
+    package_data={"trainer": ["recipes/*.yaml", "report/*.j2"], "models": ["hf_configs/*/config.json"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from models.positions import resize_positions
 
 Part = Literal["vision", "text"]
+# Configurations that ship with this package, for the ids of CLIP's tokenizer and its mask token; without weights.
+BUILTIN_PREFIX = "builtin/"
+_BUILTIN = Path(__file__).resolve().parent / "hf_configs"
 _POSITION_TABLES = ("position_embeddings", "position_embedding.weight")
 
 
@@ -18,7 +21,7 @@ def read_hf_config(source: str, part: Part) -> Any:
     """Reads the configuration of one half of a model.
 
     Args:
-        source: Name on the Hugging Face hub, or a local folder with a config.json.
+        source: Name on the Hugging Face hub, a local folder with a config.json, or builtin/<name>.
         part: Which half of a configuration that describes both, such as CLIP's.
 
     Returns:
@@ -31,7 +34,7 @@ def read_hf_config(source: str, part: Part) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -43,6 +46,16 @@ def read_hf_config(source: str, part: Part) -> Any:
         if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, name, 0.0)
     return config
+
+
+def _locate(source: str) -> str:
+    if not source.startswith(BUILTIN_PREFIX):
+        return source
+    known = sorted(folder.name for folder in _BUILTIN.iterdir())
+    name = source.removeprefix(BUILTIN_PREFIX)
+    if name not in known:
+        raise ValueError(f"no configuration of that name; known: {', '.join(BUILTIN_PREFIX + name for name in known)}")
+    return str(_BUILTIN / name)
 
 
 def build_backbone(config: Any, *, keep_pooler: bool) -> nn.Module:
@@ -127,6 +140,8 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
     """
     import transformers
 
+    if source.startswith(BUILTIN_PREFIX):
+        raise ValueError(f"'{source}' is a configuration without weights; name a model of the hub, or train it")
     config = copy.deepcopy(backbone.config)
     original = read_hf_config(source, "vision" if hasattr(config, "image_size") else "text")
     if hasattr(config, "image_size"):

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """Towers. `name` is an architecture of `models.registry`, `timm:<model>` or `hf:<hub name or folder>`."""
 
     name: str
-    # A text tower of transformers, `hf:<hub name or folder>`; None takes the architecture's own.
+    # A text tower of transformers, `hf:<hub name or folder>` or `hf:builtin/bert_base`; None: the architecture's own.
     text_name: str | None = None
     embed_dim: int | None = Field(None, ge=1)
     image_size: int | None = Field(None, ge=8)

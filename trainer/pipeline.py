@@ -17,6 +17,8 @@ from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform
 from data.sources import parse_sources
 from data.tokenizer import CaptionTokenizer, ClipTokenizer
+from models.hf_backbone import BUILTIN_PREFIX
+from models.registry import HF_PREFIX
 from trainer.agreement import together
 from trainer.config import RunConfig
 from trainer.ds_config import BatchPlan
@@ -61,8 +63,11 @@ def build_tokenizer(config: RunConfig) -> CaptionTokenizer:
 
 
 def tokenizer_name(config: RunConfig) -> str:
-    """What `data.tokenizer: auto` means: `clip`, or the source of a Hugging Face text tower."""
-    return (config.model.text_name or "clip") if config.data.tokenizer == "auto" else config.data.tokenizer
+    """What `data.tokenizer: auto` means: `clip`, or the source of a Hugging Face text tower that has one."""
+    if config.data.tokenizer != "auto":
+        return config.data.tokenizer
+    name = config.model.text_name
+    return "clip" if name is None or name.startswith(HF_PREFIX + BUILTIN_PREFIX) else name
 
 
 def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
