@@ -79,6 +79,9 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
     methods = {
         "clip": {"name": "clip"},
         "declip": {"name": "declip", "nns_queue_size": 80, "iss_hidden_dim": 32, "iss_predictor_dim": 16},
+        "slip": {"name": "slip", "simclr_hidden_dim": 32, "simclr_out_dim": 16},
+        "siglip": {"name": "siglip"},
+        "align": {"name": "align", "logit_scale_init": 5.0},
     }
     recipe = {
         "recipe": path.stem,

@@ -22,7 +22,7 @@ TOLERANCE = 5e-6
 MISTAKES = ("gather without gradient", "labels off by one rank", "temperature gradient times accumulation")
 
 
-def run_config(stage: int, micro_batch_size: int):
+def run_config(stage: int, micro_batch_size: int, **sections: dict):
     from trainer.config import parse_config
     from trainer.ds_config import plan_batch, resolve_deepspeed
 
@@ -32,6 +32,7 @@ def run_config(stage: int, micro_batch_size: int):
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 1, "global_batch_size": SAMPLES, "micro_batch_size": micro_batch_size},
         "optimizer": {"lr": 1e-9},
+        **sections,
     }
     config = parse_config(tree)
     plan = plan_batch(config, torch.distributed.get_world_size())
@@ -40,13 +41,13 @@ def run_config(stage: int, micro_batch_size: int):
     return config, resolve_deepspeed(ds_config(stage), config, plan, "fp32")
 
 
-def micro_batch(first: int, last: int) -> dict:
+def micro_batch(first: int, last: int, views: int = 2, texts: int = 2) -> dict:
     """Samples [first, last) of one fixed global batch."""
     generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (2, SAMPLES, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    token_ids = torch.randint(1, 49000, (2, SAMPLES, WIDTH), generator=generator)
-    lengths = torch.randint(4, WIDTH + 1, (2, SAMPLES), generator=generator)
-    keys = torch.randint(0, 2**62, (2, SAMPLES), generator=generator)
+    images = torch.randint(0, 256, (views, SAMPLES, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    token_ids = torch.randint(1, 49000, (texts, SAMPLES, WIDTH), generator=generator)
+    lengths = torch.randint(4, WIDTH + 1, (texts, SAMPLES), generator=generator)
+    keys = torch.randint(0, 2**62, (views, SAMPLES), generator=generator)
     # Unequal numbers of masked tokens, and samples without any: the mean is over the tokens of the global batch.
     masked = torch.arange(SAMPLES).remainder(3)
     rows = [(row - first) * WIDTH + 1 + position for row in range(first, last) for position in range(masked[row])]
@@ -80,8 +81,13 @@ def planted(mistake: str | None, rank: int, world_size: int, accumulation: int) 
     return mock.patch.object(losses.similarity, "_scale_gradient", lambda *args: correct(*args) * accumulation)
 
 
-def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, str | None]]) -> list[dict]:
-    """Loss and full gradients by parameter name for each (stage, accumulation, mistake); gradients on rank 0 only."""
+def gradients_on_rank(
+    rank: int, world_size: int, cases: list[tuple[int, int, str | None]], sections: dict | None = None
+) -> list[dict]:
+    """Loss and full gradients by parameter name for each (stage, accumulation, mistake); gradients on rank 0 only.
+
+    `sections` replace those of the DeCLIP recipe of this file.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     from trainer.assemble import build_method
@@ -95,13 +101,15 @@ def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, st
     results = []
     for stage, accumulation, mistake in cases:
         size = share // accumulation
-        config, resolved = run_config(stage, size)
+        config, resolved = run_config(stage, size, **(sections or {}))
         torch.manual_seed(0)
         engine = Engine(build_method(config, build_tokenizer(config)), config, resolved, device)
         # Away from the symmetric start, where some gradients vanish.
         starts = range(rank * share, (rank + 1) * share, size)
+        views, texts = len(engine.method.image_views), len(engine.method.text_views)
+        batches = [micro_batch(start, start + size, views, texts) for start in starts]
         with planted(mistake, rank, world_size, accumulation):
-            terms = engine("train", {"micro_batches": [micro_batch(start, start + size) for start in starts]})
+            terms = engine("train", {"micro_batches": batches})
             engine.backward(terms["loss"])
         found = {}
         for name, parameter in engine.method.named_parameters():
