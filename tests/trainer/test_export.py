@@ -14,16 +14,16 @@ from PIL import Image
 
 from data.sample import EvalTransform
 from models.open_clip_mapping import from_open_clip
-from models.registry import build_model
 from tests.models.hugging_face import save_model, save_tokenizer
 from tests.models.test_open_clip_mapping import randomise
 from tests.trainer.harness import ROOT, ds_config, picture, run_trainer, write_eval_set, write_recipe, write_shards
+from trainer.assemble import build_method
 from trainer.checkpoint.shards import read_weights
 from trainer.config import load_config, parse_config
 from trainer.errors import ConfigError
 from trainer.export import Exported, export, load_run, main
 from trainer.pipeline import build_tokenizer
-from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
+from trainer.pretrained import load_pretrained
 
 CAPTIONS = ["a red square", "the blue corner, number 12!", "Caf\u00e9 \u2014 it's yellow", "a " * 90]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -46,12 +46,12 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
-def make_exported(tmp_path, name: str, **model) -> Exported:
+def make_exported(tmp_path, name: str, method: str = "clip", **model) -> Exported:
     """An untrained model as if it came from a run."""
     recipe = {
         "recipe": "made",
         "model": {"name": name, **model},
-        "method": {"name": "clip"},
+        "method": {"name": method},
         "data": {"train": "none"},
         "train": {"steps": 9, "global_batch_size": 4},
         "optimizer": {"lr": 1e-3},
@@ -59,7 +59,7 @@ def make_exported(tmp_path, name: str, **model) -> Exported:
     config = parse_config(recipe)
     tokenizer = build_tokenizer(config)
     torch.manual_seed(5)
-    built = build_model(vocab_size=tokenizer.vocab_size, **config.model.model_dump(exclude=WEIGHT_SETTINGS))
+    built = build_method(config, tokenizer).model
     randomise(built)
     return Exported(built.eval(), tokenizer, config, tmp_path, 4, "trained")
 
@@ -202,6 +202,36 @@ def test_open_clip_loads_other_towers(name, options, tmp_path):
     with pytest.raises(ConfigError, match=f"no CLIP class with the image tower of {name}; use --to openclip"):
         export(exported, "huggingface", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_logit_bias_goes_along_or_is_refused(tmp_path):
+    exported = make_exported(tmp_path, "vit_nano_p8_32", method="siglip", context_length=16)
+    with torch.no_grad():
+        exported.model.logit_bias.value.fill_(-11.5)
+    export(exported, "openclip", tmp_path / "openclip")
+    theirs = assert_open_clip_agrees(exported, tmp_path / "openclip")
+    assert theirs.logit_bias.item() == -11.5
+    assert "| Logit bias | -11.500 |" in (tmp_path / "openclip" / "README.md").read_text()
+    export(exported, "onnx", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "text_encoder.onnx")
+    assert float(session.get_modelmeta().custom_metadata_map["logit_bias"]) == -11.5
+    export(exported, "safetensors", tmp_path / "native")
+    with pytest.raises(ConfigError, match="CLIPModel has no logit bias, which siglip trains; use --to openclip"):
+        export(exported, "huggingface", tmp_path / "huggingface")
+    for folder in ("openclip", "native"):
+        config = exported.config.model.model_copy(update={"pretrained": str(tmp_path / folder)})
+        again = make_exported(tmp_path, "vit_nano_p8_32", method="siglip", context_length=16).model
+        assert len(load_pretrained(config, again)) == 1
+        for name, value in exported.model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+        # Into a method without a bias, and from one into a method with it.
+        plain = make_exported(tmp_path, "vit_nano_p8_32", context_length=16).model
+        assert load_pretrained(config, plain)[1:] == ["pretrained: logit_bias left out: this method has none"]
+    export(make_exported(tmp_path, "vit_nano_p8_32", context_length=16), "openclip", tmp_path / "clip")
+    config = exported.config.model.model_copy(update={"pretrained": str(tmp_path / "clip")})
+    (note,) = load_pretrained(config, again)[1:]
+    assert note == "pretrained: the weights have no logit_bias; it starts at method.logit_bias_init"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
