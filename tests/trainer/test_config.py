@@ -21,6 +21,13 @@ PUBLISHED = {
     "declip_88m_rn50",
     "declip_88m_vitb32",
     "declip_88m_regnety64",
+    "slip_demo",
+    "slip_yfcc15m_vitb16",
+    "slip_yfcc15m_vitb32",
+    "siglip_demo",
+    "siglip_webli_vitb16",
+    "align_demo",
+    "align_coyo700m_b7",
 }
 
 
