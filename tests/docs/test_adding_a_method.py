@@ -46,9 +46,10 @@ def test_the_guide_adds_a_method(tmp_path):
     for name in ("pyproject.toml", "tests/__init__.py", "tests/distributed.py", "tests/losses/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     write_method(files, tmp_path)
-    # The set of the demo takes longer to draw than the ten steps.
+    # The set of the demo takes longer to draw than the twenty steps.
     shards = write_shards(tmp_path / "shards")
-    commands = commands.replace("--recipe cyclip_demo", f"--recipe cyclip_demo --data.train '{shards}'")
+    smaller = f"--data.train '{shards}' --eval.sets {{}} --train.global_batch_size 64"
+    commands = commands.replace("--recipe cyclip_demo", f"--recipe cyclip_demo {smaller}")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"PYTHONPATH": str(tmp_path), "DECLIP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
