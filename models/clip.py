@@ -51,7 +51,8 @@ class ClipModel(nn.Module):
 
     Args:
         image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim`,
-            `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64 [n].
+            `pooled_dim`, `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64
+            [n]. Asked `with_pooled`, it also returns [n, pooled_dim], what its projection reads.
         text_tower: A `TextTransformer` of the same `embed_dim`, or a module with its forward and sizes.
         pixel_mean: What is subtracted from the channels of pixels in [0, 1] before the image tower.
         pixel_std: What they are divided by then.
@@ -86,9 +87,7 @@ class ClipModel(nn.Module):
         Returns:
             [n, embed_dim] in the compute dtype, not normalised.
         """
-        if not self.image_tower.has_patch_dropout:
-            return self.image_tower(images)
-        return self.image_tower(images, dropout_keys)
+        return self._run_image_tower(images, dropout_keys)
 
     def encode_image_views(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """Encodes several views in one pass, or in one pass per view if the tower has batch norm.
@@ -100,10 +99,16 @@ class ClipModel(nn.Module):
         Returns:
             [V, n, embed_dim] in the compute dtype, not normalised.
         """
-        if self.image_tower.has_batch_norm:
-            return torch.stack([self.encode_image(view) for view in images])
-        keys = None if dropout_keys is None else dropout_keys.flatten()
-        return self.encode_image(images.flatten(0, 1), keys).unflatten(0, images.shape[:2])
+        return self._run_on_views(images, dropout_keys)[0]
+
+    def encode_pooled_image_views(self, images: Tensor, dropout_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `encode_image_views`, and what the tower's projection read, for heads on the backbone.
+
+        Returns:
+            [V, n, embed_dim] and [V, n, pooled_dim], both in the compute dtype.
+        """
+        features, pooled = self._run_on_views(images, dropout_keys, with_pooled=True)
+        return features, pooled
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor, *, state_rows: Tensor | None = None) -> TextOutput:
         """Encodes captions.
@@ -125,3 +130,21 @@ class ClipModel(nn.Module):
         """Returns image features, text features (neither normalised) and the logit scale of one view of each."""
         text = self.encode_text(token_ids, text_lengths)
         return self.encode_image(images, dropout_keys), text.features, self.logit_scale()
+
+    def _run_image_tower(self, images: Tensor, dropout_keys: Tensor | None, **options: bool):
+        if not self.image_tower.has_patch_dropout:
+            return self.image_tower(images, **options)
+        return self.image_tower(images, dropout_keys, **options)
+
+    def _run_on_views(self, images: Tensor, dropout_keys: Tensor | None, **options: bool) -> list[Tensor]:
+        """What the image tower returns, each tensor by view."""
+        if self.image_tower.has_batch_norm:
+            outputs = [_as_tuple(self._run_image_tower(view, None, **options)) for view in images]
+            return [torch.stack(views) for views in zip(*outputs, strict=True)]
+        keys = None if dropout_keys is None else dropout_keys.flatten()
+        output = _as_tuple(self._run_image_tower(images.flatten(0, 1), keys, **options))
+        return [tensor.unflatten(0, images.shape[:2]) for tensor in output]
+
+
+def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)

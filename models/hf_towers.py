@@ -83,23 +83,27 @@ class HfImageTower(nn.Module):
             self.backbone.get_parameter(name).requires_grad_(False)
         if activation_checkpointing:
             enable_activation_checkpointing(self.backbone, source)
-        self.proj = make_projection(projection, pooled.shape[-1], embed_dim, "image_projection")
+        self.pooled_dim = pooled.shape[-1]
+        self.proj = make_projection(projection, self.pooled_dim, embed_dim, "image_projection")
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, with_pooled: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes images: one view per call where `has_batch_norm`, else any number of stacked views.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
+            with_pooled: Also return what the projection reads.
 
         Returns:
-            [n, embed_dim], not normalised.
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
 
         Raises:
             ValueError: On images of another size.
         """
         check_image_shape(images, self.image_size)
         dtype = next(self.backbone.parameters()).dtype
-        return self.proj(self._pool(self.backbone(pixel_values=images.to(dtype))))
+        pooled = self._pool(self.backbone(pixel_values=images.to(dtype)))
+        features = self.proj(pooled)
+        return (features, pooled) if with_pooled else features
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the pixels on; the projection is in none of them."""

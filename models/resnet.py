@@ -68,16 +68,18 @@ class ModifiedResNet(nn.Module):
                 blocks.append(Bottleneck(channels, planes, stride=stride, sync_batch_norm=sync_batch_norm))
                 channels = planes * EXPANSION
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.pooled_dim = channels
         self.attnpool = AttentionPool((image_size // STRIDE) ** 2, channels, heads, embed_dim)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, with_pooled: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes one view of the batch; another view in the same call would share its batch statistics.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
+            with_pooled: Also return what the projection reads.
 
         Returns:
-            [n, embed_dim], not normalised.
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
 
         Raises:
             ValueError: On images of another size.
@@ -95,7 +97,8 @@ class ModifiedResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
-        return self.attnpool(x)
+        features, pooled = self.attnpool(x)
+        return (features, pooled) if with_pooled else features
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the pixels to the attention pooling, which holds the projection."""
@@ -154,13 +157,13 @@ class AttentionPool(nn.Module):
         self.v_proj = Linear(channels, channels, weight_std=std)
         self.c_proj = Linear(channels, embed_dim, weight_std=std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pools [n, channels, H, W] to [n, embed_dim]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pools [n, channels, H, W] to [n, embed_dim], and to [n, channels] before the projection."""
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
         )
-        pooled = F.scaled_dot_product_attention(query, key, value)
-        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+        pooled = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1)
+        return self.c_proj(pooled), pooled

@@ -56,22 +56,26 @@ class TimmTower(nn.Module):
         if activation_checkpointing:
             self._enable_activation_checkpointing()
         features = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
+        self.pooled_dim = features
         self.proj = Linear(features, embed_dim, bias=False, weight_std=features**-0.5)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, with_pooled: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes images: one view per call where `has_batch_norm`, else any number of stacked views.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
+            with_pooled: Also return what the projection reads.
 
         Returns:
-            [n, embed_dim], not normalised.
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
 
         Raises:
             ValueError: On images of another size.
         """
         check_image_shape(images, self.image_size)
-        return self.proj(self.trunk(images.to(self.proj.weight.dtype)))
+        pooled = self.trunk(images.to(self.proj.weight.dtype))
+        features = self.proj(pooled)
+        return (features, pooled) if with_pooled else features
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together: timm's own layer groups, which leave out the projection."""

@@ -63,6 +63,7 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         self.embed_dim = embed_dim
+        self.pooled_dim = width
         self.num_patches = (image_size // patch_size) ** 2
         self.num_kept_patches = max(1, round(self.num_patches * (1 - patch_dropout)))
         self.has_patch_dropout = self.num_kept_patches < self.num_patches
@@ -79,16 +80,19 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = Linear(width, embed_dim, bias=False, weight_std=std)
 
-    def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, dropout_keys: Tensor | None = None, *, with_pooled: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes images; views of one sample may be stacked along the first dimension.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
             dropout_keys: int64 [n] on the images' device, well mixed; an image's key alone decides which of its
                 patches are kept. Used in training with patch dropout only.
+            with_pooled: Also return what the projection reads.
 
         Returns:
-            [n, embed_dim], not normalised.
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
 
         Raises:
             ValueError: On images of another size, or without keys where they are needed.
@@ -105,7 +109,9 @@ class VisionTransformer(nn.Module):
         tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
         sequences = UniformSequences(*tokens.shape[:2])
         class_rows = torch.arange(sequences.count, device=images.device) * sequences.length
-        return self.proj(self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows)))
+        pooled = self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows))
+        features = self.proj(pooled)
+        return (features, pooled) if with_pooled else features
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the pixels to the projection."""

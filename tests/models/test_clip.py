@@ -5,6 +5,7 @@ import torch
 
 from models.clip import ClipModel, LogitScale
 from models.registry import build_model
+from tests.models.hugging_face import save_model
 
 
 def make_model(name: str = "vit_nano_p8_32", **options) -> ClipModel:
@@ -60,6 +61,20 @@ def test_views_share_a_pass_unless_they_would_share_batch_statistics(name, passe
     assert len(calls) == passes
     expected = torch.stack([reference.encode_image(view) for view in views])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_nano_p8_32", "rn_nano_32", "timm:resnet18", "hf:vit"])
+def test_pooled_features_are_what_the_projection_reads(name, tmp_path):
+    if name == "hf:vit":
+        name = f"hf:{save_model('vit', tmp_path)}"
+    model = make_model(name, image_size=32).eval()
+    views = torch.stack([make_batch()[0], 5 * make_batch()[0] + 2])
+    features, pooled = model.encode_pooled_image_views(views)
+    assert pooled.shape == (2, 4, model.image_tower.pooled_dim)
+    assert torch.equal(features, model.encode_image_views(views))
+    tower = model.image_tower
+    projection = tower.attnpool.c_proj if hasattr(tower, "attnpool") else tower.proj
+    assert torch.equal(features, projection(pooled))
 
 
 def test_each_view_drops_patches_by_its_own_keys():
