@@ -47,8 +47,8 @@ def filip_loss(
     The value is this rank's share, scaled so that the mean over ranks of the shares is the global loss and the mean
     over ranks of the gradients is its gradient, logit_scale included.
 
-    Collectives for W > 1: one all-gather of keys of both sides, one reduce-scatter in backward. None on one rank. Beside
-    the gathered keys and their gradient, memory grows with the global batch only by the scores [b, B].
+    Collectives for W > 1: one all-gather of keys of both sides, one reduce-scatter in backward. None on one rank.
+    Beside the gathered keys and their gradient, memory grows with the global batch only by the scores [b, B].
 
     Args:
         image_tokens: [b, P, d] float32 (or float64), unit length, of this rank's images; b equal on all ranks.

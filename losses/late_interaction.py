@@ -247,6 +247,8 @@ def late_interaction_scores(queries: Tensor, keys: Tensor, tile_bytes: int | Non
     Returns:
         [n, m]: mean over the tokens of a query of their largest similarity to a token of the key.
     """
+    if not len(queries) or not len(keys):
+        return queries.new_zeros(len(queries), len(keys))
     real = queries.any(dim=-1)
     packing = Packing.of(real.sum(dim=1).cpu(), queries.device)
     filled = torch.where(keys.any(dim=-1, keepdim=True), keys, keys[:, :1])

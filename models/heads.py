@@ -1,4 +1,4 @@
-"""Heads of DeCLIP's self-supervised terms."""
+"""Heads of the terms beside the contrastive one."""
 
 from torch import Tensor, nn
 
@@ -66,6 +66,25 @@ class SimSiamHead(nn.Module):
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [V, n, in_dim], views first")
         projections = self.projector(features.to(self.projector[0].weight.dtype))
         return projections, self.predictor(projections)
+
+
+class TokenHead(nn.Module):
+    """Maps states of image or text tokens to the space in which FILIP compares them, with one linear layer.
+
+    Args:
+        width: Width of the states.
+        token_dim: Width of the space.
+
+    Source: Yao et al. 2022, "FILIP: Fine-grained Interactive Language-Image Pre-Training".
+    """
+
+    def __init__(self, width: int, token_dim: int):
+        super().__init__()
+        self.projection = nn.Linear(width, token_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps [..., width] to [..., token_dim], not normalised."""
+        return self.projection(states.to(self.projection.weight.dtype))
 
 
 class MlmHead(nn.Module):

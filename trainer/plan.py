@@ -32,7 +32,7 @@ def memory_per_rank(
 
 
 def communication_per_step(
-    parameters: int, stage: int, plan: BatchPlan, embed_dim: int, text_views: int, feature_bytes: int
+    parameters: int, stage: int, plan: BatchPlan, gathered_per_sample: int, feature_bytes: int
 ) -> dict[str, float]:
     """Bytes one rank contributes to collectives in a step: gradients and parameters by stage, features by method."""
     if plan.world_size == 1:
@@ -40,8 +40,8 @@ def communication_per_step(
     # The gradient cache runs one backward a step, so gradients are reduced once; ZeRO 3 gathers for every pass.
     passes = 2.0 if plan.accumulation_steps == 1 else 3.0 * plan.accumulation_steps
     gathers = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
-    features = text_views * plan.rank_batch_size * embed_dim * feature_bytes
-    backward = text_views * plan.global_batch_size * embed_dim * _FP32
+    features = plan.rank_batch_size * gathered_per_sample * feature_bytes
+    backward = plan.global_batch_size * gathered_per_sample * _FP32
     return {
         "gradients": _FP32 * parameters,
         "parameters": _FP32 * parameters / plan.world_size * gathers,
@@ -60,9 +60,7 @@ def describe_plan(
     averages = config.train.ema_decay is not None
     memory = memory_per_rank(trained, resolved.stage, plan.world_size, resolved.offload_optimizer, averages)
     feature_bytes = 2 if config.train.communication_dtype == "bf16" else _FP32
-    # A third, masked pass (mlm_shared_pass false) stays on its rank; every other text view is gathered.
-    gathered = min(len(method.text_views), 2)
-    traffic = communication_per_step(trained, resolved.stage, plan, method.model.embed_dim, gathered, feature_bytes)
+    traffic = communication_per_step(trained, resolved.stage, plan, method.gathered_per_sample(), feature_bytes)
     buffers = sum(b.numel() * b.element_size() for b in method.buffers())
     lines = [dump_config(config).rstrip(), "", "plan:"]
     lines += [f"  {name}: {count / 1e6:.2f} M parameters" for name, count in counts.items()]

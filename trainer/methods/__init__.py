@@ -8,10 +8,14 @@ from trainer.errors import ConfigError
 from trainer.methods.base import Method
 from trainer.methods.clip import ClipMethod
 from trainer.methods.declip import DeclipMethod
+from trainer.methods.defilip import DefilipMethod
+from trainer.methods.filip import FilipMethod
 
 METHODS: dict[str, type[Method]] = {
     "clip": ClipMethod,
     "declip": DeclipMethod,
+    "defilip": DefilipMethod,
+    "filip": FilipMethod,
 }
 
 
