@@ -79,7 +79,9 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
     methods = {
         "clip": {"name": "clip"},
         "declip": {"name": "declip", "nns_queue_size": 80, "iss_hidden_dim": 32, "iss_predictor_dim": 16},
+        "filip": {"name": "filip", "filip_dim": 32, "filip_topk": 4, "w_clip": 0.5},
     }
+    methods["defilip"] = {**methods["declip"], **methods["filip"], "name": "defilip"}
     recipe = {
         "recipe": path.stem,
         "model": {"name": "vit_nano_p8_32"},

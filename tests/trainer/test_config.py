@@ -21,6 +21,10 @@ PUBLISHED = {
     "declip_88m_rn50",
     "declip_88m_vitb32",
     "declip_88m_regnety64",
+    "filip_demo",
+    "filip_yfcc15m_vitb32",
+    "defilip_demo",
+    "defilip_yfcc15m_vitb32",
 }
 
 

@@ -22,13 +22,13 @@ TOLERANCE = 5e-6
 MISTAKES = ("gather without gradient", "labels off by one rank", "temperature gradient times accumulation")
 
 
-def run_config(stage: int, micro_batch_size: int):
+def run_config(stage: int, micro_batch_size: int, method: dict = SETTINGS):
     from trainer.config import parse_config
     from trainer.ds_config import plan_batch, resolve_deepspeed
 
     tree = {
         "model": {"name": "vit_nano_p8_32", "patch_dropout": 0.5},
-        "method": SETTINGS,
+        "method": method,
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 1, "global_batch_size": SAMPLES, "micro_batch_size": micro_batch_size},
         "optimizer": {"lr": 1e-9},
@@ -80,7 +80,9 @@ def planted(mistake: str | None, rank: int, world_size: int, accumulation: int) 
     return mock.patch.object(losses.similarity, "_scale_gradient", lambda *args: correct(*args) * accumulation)
 
 
-def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, str | None]]) -> list[dict]:
+def gradients_on_rank(
+    rank: int, world_size: int, cases: list[tuple[int, int, str | None]], method: dict = SETTINGS
+) -> list[dict]:
     """Loss and full gradients by parameter name for each (stage, accumulation, mistake); gradients on rank 0 only."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -95,7 +97,7 @@ def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, st
     results = []
     for stage, accumulation, mistake in cases:
         size = share // accumulation
-        config, resolved = run_config(stage, size)
+        config, resolved = run_config(stage, size, method)
         torch.manual_seed(0)
         engine = Engine(build_method(config, build_tokenizer(config)), config, resolved, device)
         # Away from the symmetric start, where some gradients vanish.
