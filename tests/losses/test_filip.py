@@ -1,12 +1,19 @@
 """FILIP's loss against loops over single tokens, its known answers, its memory and its ranks."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import losses.filip
+import losses.late_interaction
 from losses import KeySelection, filip_loss, normalize
 from losses.late_interaction import Packing, late_interaction_scores
 from tests.distributed import recorded_collectives, run_distributed
@@ -226,6 +233,71 @@ def test_chunks_hold_whole_samples():
     packing = Packing.of(torch.tensor([4, 2, 3, 9, 1]), torch.device("cpu"))
     chunks = [(samples.start, samples.stop, tokens.start, tokens.stop) for samples, tokens in packing.chunks(6)]
     assert chunks == [(0, 2, 0, 6), (2, 3, 6, 9), (3, 4, 9, 18), (4, 5, 18, 19)]
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside that are alive together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def peak_of_a_step(ranks: int, loss_of_step: Any) -> int:
+    """Bytes at the most, on one of so many ranks; meta tensors have sizes and no values."""
+    samples, patches, positions, width = 32, 10, 12, 16
+    images = torch.empty(samples, patches, width, device="meta", requires_grad=True)
+    texts = torch.empty(samples * positions, width, device="meta", requires_grad=True)
+    scale = torch.ones(1, device="meta", requires_grad=True)
+    collectives = {
+        "world_size": lambda: ranks,
+        "all_gather_rows": lambda local: local.new_empty(1, ranks * local.shape[1], *local.shape[2:]),
+        "reduce_scatter_rows": lambda partial: partial[:, :samples].clone(),
+    }
+    with (
+        mock.patch.multiple(losses.late_interaction, **collectives),
+        mock.patch.object(losses.filip, "world_size", lambda: ranks),
+        # Autocast knows no device "meta".
+        mock.patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext()),
+        PeakBytes() as memory,
+    ):
+        loss_of_step(images, texts, torch.full((samples,), positions), scale, ranks).backward()
+    return memory.peak
+
+
+def tiled_step(images: Tensor, texts: Tensor, lengths: Tensor, scale: Tensor, ranks: int) -> Tensor:
+    options = {"max_text_length": 12, "tile_bytes": 1 << 17, "winners_budget_bytes": 1 << 14}
+    return filip_loss(images, texts, lengths, scale, keys=KeySelection(), **options)
+
+
+def direct_step(images: Tensor, texts: Tensor, lengths: Tensor, scale: Tensor, ranks: int) -> Tensor:
+    """The image's side alone, without tiles."""
+    keys = texts.unflatten(0, (-1, 12)).repeat(ranks, 1, 1)
+    scores = torch.einsum("ipd,jwd->ijpw", images, keys).amax(-1).mean(-1)
+    return torch.nn.functional.cross_entropy(scale * scores, torch.arange(32, device="meta"))
+
+
+def test_memory_grows_by_keys_and_scores_only():
+    def growth(step: Any) -> float:
+        """Bytes per further rank."""
+        return (peak_of_a_step(9, step) - peak_of_a_step(5, step)) / 4
+
+    keys, scores = 4 * 32 * (10 + 12) * 16, 4 * 32 * 32
+    # Keys and their gradient; two matrices of scores, each with its logits, log-softmax and gradient at the most.
+    assert 2 * keys < growth(tiled_step) <= 2 * keys + 8 * scores
+    similarities = 4 * 32 * 10 * 32 * 12
+    assert growth(direct_step) > similarities
 
 
 @pytest.mark.parametrize(
