@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import accumulation, collectives, loader, loss, train_step, views
+from benchmarks import accumulation, collectives, filip, loader, loss, train_step, views
 from benchmarks.processes import Peer, run_in_fresh_process
 from benchmarks.report import Row, console_table, write_results
 
-_BENCHMARKS = {module.NAME: module for module in (loss, collectives, train_step, loader, views, accumulation)}
+_BENCHMARKS = {module.NAME: module for module in (loss, collectives, filip, train_step, loader, views, accumulation)}
 _DEFAULT_FOLDER = Path(__file__).parent / "out"
 
 

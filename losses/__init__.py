@@ -1,8 +1,10 @@
 """Losses on feature tensors and the distributed primitives they need."""
 
 from losses.contrastive import ContrastiveTerms, contrastive_terms
+from losses.filip import KeySelection, filip_loss
 from losses.functional import normalize
 from losses.label_smoothing import smoothing_sums, smoothing_term
+from losses.late_interaction import late_interaction_scores
 from losses.mlm import masked_lm_loss
 from losses.nearest_neighbor import NearestNeighborQueue, neighbour_statistics, reshard_queue_states
 from losses.sigmoid import sigmoid_loss
@@ -11,9 +13,12 @@ from losses.simsiam import feature_std, simsiam_loss
 
 __all__ = [
     "ContrastiveTerms",
+    "KeySelection",
     "NearestNeighborQueue",
     "contrastive_terms",
     "feature_std",
+    "filip_loss",
+    "late_interaction_scores",
     "masked_lm_loss",
     "neighbour_statistics",
     "normalize",

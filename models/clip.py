@@ -70,7 +70,8 @@ class ClipModel(nn.Module):
     Args:
         image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim`,
             `pooled_dim`, `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64
-            [n]. Asked `with_pooled`, it also returns [n, pooled_dim], what its projection reads.
+            [n]. Asked `with_pooled`, it also returns [n, pooled_dim], what its projection reads. One that `has_tokens`
+            also knows `with_tokens`, `num_tokens` (in training), `token_dim` and `head_modules`.
         text_tower: A `TextTransformer` of the same `embed_dim`, or a module with its forward and sizes.
         pixel_mean: What is subtracted from the channels of pixels in [0, 1] before the image tower.
         pixel_std: What they are divided by then.
@@ -128,6 +129,15 @@ class ClipModel(nn.Module):
         """
         features, pooled = self._run_on_views(images, dropout_keys, with_pooled=True)
         return features, pooled
+
+    def encode_image_tokens(self, images: Tensor, dropout_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `encode_image`, and what the tower knows of parts of the images; for towers that have it.
+
+        Returns:
+            [n, embed_dim] and [n, P, token_dim], both in the compute dtype, not normalised.
+        """
+        features, tokens = self._run_image_tower(images, dropout_keys, with_tokens=True)
+        return features, tokens
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor, *, state_rows: Tensor | None = None) -> TextOutput:
         """Encodes captions.

@@ -1,4 +1,4 @@
-"""Heads of the self-supervised terms."""
+"""Heads of the terms beside the contrastive one."""
 
 from torch import Tensor, nn
 
@@ -105,6 +105,25 @@ class SimClrHead(nn.Module):
         if pooled.ndim != 3:
             raise ValueError(f"features have shape {tuple(pooled.shape)}; expected [V, n, in_dim], views first")
         return self.projector(pooled.to(self.projector[0].weight.dtype))
+
+
+class TokenHead(nn.Module):
+    """Maps states of image or text tokens to the space in which FILIP compares them, with one linear layer.
+
+    Args:
+        width: Width of the states.
+        token_dim: Width of the space.
+
+    Source: Yao et al. 2022, "FILIP: Fine-grained Interactive Language-Image Pre-Training".
+    """
+
+    def __init__(self, width: int, token_dim: int):
+        super().__init__()
+        self.projection = nn.Linear(width, token_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps [..., width] to [..., token_dim], not normalised."""
+        return self.projection(states.to(self.projection.weight.dtype))
 
 
 class MlmHead(nn.Module):

@@ -50,6 +50,7 @@ class HfImageTower(nn.Module):
     """
 
     has_patch_dropout = False
+    has_tokens = False
 
     def __init__(
         self,
@@ -240,6 +241,10 @@ class HfTextTower(nn.Module):
             [n, embed_dim], not normalised.
         """
         return self._encode(token_ids, text_lengths)[0]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What only the pooled features need."""
+        return [self.proj]
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the ids on; the projection is in none of them."""

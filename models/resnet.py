@@ -34,6 +34,7 @@ class ModifiedResNet(nn.Module):
 
     has_batch_norm = True
     has_patch_dropout = False
+    has_tokens = True
 
     def __init__(
         self,
@@ -68,18 +69,23 @@ class ModifiedResNet(nn.Module):
                 blocks.append(Bottleneck(channels, planes, stride=stride, sync_batch_norm=sync_batch_norm))
                 channels = planes * EXPANSION
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.pooled_dim = channels
-        self.attnpool = AttentionPool((image_size // STRIDE) ** 2, channels, heads, embed_dim)
+        self.pooled_dim = self.token_dim = channels
+        self.num_tokens = (image_size // STRIDE) ** 2
+        self.attnpool = AttentionPool(self.num_tokens, channels, heads, embed_dim)
 
-    def forward(self, images: Tensor, *, with_pooled: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, *, with_pooled: bool = False, with_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes one view of the batch; another view in the same call would share its batch statistics.
 
         Args:
             images: float [n, 3, image_size, image_size], normalised.
             with_pooled: Also return what the projection reads.
+            with_tokens: Instead return the last feature map as well.
 
         Returns:
-            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim]; with `with_tokens` a
+            pair, the second [n, P, token_dim], the positions of the feature map row by row, before their pooling.
 
         Raises:
             ValueError: On images of another size.
@@ -98,7 +104,13 @@ class ModifiedResNet(nn.Module):
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
         features, pooled = self.attnpool(x)
+        if with_tokens:
+            return features, x.flatten(2).transpose(1, 2)
         return (features, pooled) if with_pooled else features
+
+    def head_modules(self) -> list[nn.Module]:
+        """What only the pooled features need."""
+        return [self.attnpool]
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the pixels to the attention pooling, which holds the projection."""

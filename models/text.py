@@ -111,6 +111,10 @@ class TextTransformer(nn.Module):
         )
         return self.text_projection(self.ln_final(last_states(x, text_lengths)))
 
+    def head_modules(self) -> list[nn.Module]:
+        """What only the pooled features need."""
+        return [self.text_projection]
+
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the ids to the projection."""
         *blocks, last = self.transformer.resblocks
@@ -154,14 +158,14 @@ class PackedCaptions(NamedTuple):
         sequences: Their layout for attention.
         token_index: int64 [N], where each token is in the flattened [n, T] ids.
         positions: int64 [N], its position in its caption.
-        rows: int64 [R'], distinct tokens whose final state is used.
+        rows: int64 [R'], distinct tokens whose final state is used; None if all are, in order.
         row_order: int64 [n + R], which of `rows` is each caption's end-of-text token, then each asked-for state.
     """
 
     sequences: PackedSequences
     token_index: Tensor
     positions: Tensor
-    rows: Tensor
+    rows: Tensor | None
     row_order: Tensor
 
 
@@ -197,8 +201,23 @@ def pack_captions(
         caption, position = split_state_rows(state_rows.cpu(), text_lengths, num_positions)
         used = torch.cat([used, start_of_caption[caption] + position])
     rows, row_order = used.unique(return_inverse=True)
-    tensors = (copy_to(tensor, device) for tensor in (token_index, positions, rows, row_order))
-    return PackedCaptions(PackedSequences.of(lengths, device), *tensors)
+    rows = None if len(rows) == len(token_index) else copy_to(rows, device)
+    token_index, positions, row_order = (copy_to(tensor, device) for tensor in (token_index, positions, row_order))
+    return PackedCaptions(PackedSequences.of(lengths, device), token_index, positions, rows, row_order)
+
+
+def caption_rows(text_lengths: Tensor, num_positions: int) -> Tensor:
+    """Flat positions row * num_positions + position of all tokens of captions, in order, as `state_rows` names them.
+
+    Args:
+        text_lengths: int64 [n] on the CPU.
+        num_positions: T of the padded ids.
+
+    Returns:
+        int64 [sum of the lengths].
+    """
+    inside = torch.arange(num_positions) < text_lengths[:, None]
+    return inside.flatten().nonzero().squeeze(1)
 
 
 def check_lengths(text_lengths: Tensor, num_positions: int) -> None:

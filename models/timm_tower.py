@@ -29,6 +29,7 @@ class TimmTower(nn.Module):
     """
 
     has_patch_dropout = False
+    has_tokens = False
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class VisionTransformer(nn.Module):
     """
 
     has_batch_norm = False
+    has_tokens = True
 
     def __init__(
         self,
@@ -63,10 +64,11 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         self.embed_dim = embed_dim
-        self.pooled_dim = width
+        self.pooled_dim = self.token_dim = width
         self.num_patches = (image_size // patch_size) ** 2
         self.num_kept_patches = max(1, round(self.num_patches * (1 - patch_dropout)))
         self.has_patch_dropout = self.num_kept_patches < self.num_patches
+        self.num_tokens = self.num_kept_patches
         std = width**-0.5
         # A linear layer on unfolded patches is the strided convolution, and spends nothing on dropped patches.
         self.patch_embed = Linear(3 * patch_size**2, width, bias=False)
@@ -81,7 +83,12 @@ class VisionTransformer(nn.Module):
         self.proj = Linear(width, embed_dim, bias=False, weight_std=std)
 
     def forward(
-        self, images: Tensor, dropout_keys: Tensor | None = None, *, with_pooled: bool = False
+        self,
+        images: Tensor,
+        dropout_keys: Tensor | None = None,
+        *,
+        with_pooled: bool = False,
+        with_tokens: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes images; views of one sample may be stacked along the first dimension.
 
@@ -90,9 +97,11 @@ class VisionTransformer(nn.Module):
             dropout_keys: int64 [n] on the images' device, well mixed; an image's key alone decides which of its
                 patches are kept. Used in training with patch dropout only.
             with_pooled: Also return what the projection reads.
+            with_tokens: Instead return the states of the patches as well.
 
         Returns:
-            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim].
+            [n, embed_dim], not normalised; with `with_pooled` a pair, the second [n, pooled_dim]; with `with_tokens` a
+            pair, the second [n, P, token_dim], the P patches that were not dropped before the final LayerNorm.
 
         Raises:
             ValueError: On images of another size, or without keys where they are needed.
@@ -108,6 +117,9 @@ class VisionTransformer(nn.Module):
         class_token = (self.class_embedding + class_position).expand(images.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
         sequences = UniformSequences(*tokens.shape[:2])
+        if with_tokens:
+            states = self.transformer(tokens.flatten(0, 1), sequences).view_as(tokens)
+            return self.proj(self.ln_post(states[:, 0])), states[:, 1:]
         class_rows = torch.arange(sequences.count, device=images.device) * sequences.length
         pooled = self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows))
         features = self.proj(pooled)
@@ -118,6 +130,10 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.transformer.resblocks
         embeddings = [self.patch_embed, self.class_embedding, self.positional_embedding, self.ln_pre]
         return [embeddings, *([block] for block in blocks), [last, self.ln_post], [self.proj]]
+
+    def head_modules(self) -> list[nn.Module]:
+        """What only the pooled features need."""
+        return [self.ln_post, self.proj]
 
     def _kept_patches(self, dropout_keys: Tensor | None, num_images: int) -> Tensor:
         if dropout_keys is None or dropout_keys.shape != (num_images,):

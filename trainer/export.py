@@ -31,7 +31,11 @@ onnx         image_encoder.onnx and text_encoder.onnx; needs pip install 'declip
 
 @dataclass(frozen=True)
 class Exported:
-    """What is written: a model in evaluation mode, and where it comes from."""
+    """What is written: a model in evaluation mode, and where it comes from.
+
+    Attributes:
+        has_embeddings: Whether its features are trained to be compared; a method may compare something else.
+    """
 
     model: ClipModel
     tokenizer: CaptionTokenizer
@@ -39,6 +43,7 @@ class Exported:
     run: Path
     step: int
     weights: str
+    has_embeddings: bool = True
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -75,7 +80,16 @@ def main(argv: list[str]) -> int:
 def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Exported:
     """The model of a checkpoint, without the method's heads; see `trainer.trained.load_trained`."""
     trained = load_trained(run, step, weights)
-    return Exported(trained.method.model, trained.tokenizer, trained.config, run, trained.step, trained.weights)
+    method = trained.method
+    return Exported(
+        method.model,
+        trained.tokenizer,
+        trained.config,
+        run,
+        trained.step,
+        trained.weights,
+        method.has_global_embeddings,
+    )
 
 
 @torch.no_grad()
@@ -90,6 +104,11 @@ def export(exported: Exported, layout: str, out: Path) -> None:
     Raises:
         ConfigError: The format cannot hold this model, or the folder cannot be written.
     """
+    if not exported.has_embeddings and layout != "safetensors":
+        raise ConfigError(
+            f"{exported.run} compares images and captions token by token, which {layout} cannot hold; export "
+            "--to safetensors, or train with method.w_clip above 0"
+        )
     if out.exists():
         raise ConfigError(f"{out} exists already; remove it or choose another --out")
     partial = out.with_name(f".{out.name}.partial")

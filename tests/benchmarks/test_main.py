@@ -58,5 +58,6 @@ def test_folder_without_open_clip(tmp_path, capsys):
 
 
 def test_every_benchmark_is_registered_under_its_name():
-    assert list(command._BENCHMARKS) == ["loss", "collectives", "train_step", "loader", "views", "accumulation"]
+    names = ["loss", "collectives", "filip", "train_step", "loader", "views", "accumulation"]
+    assert list(command._BENCHMARKS) == names
     assert all(hasattr(module, "FULL") and hasattr(module, "QUICK") for module in command._BENCHMARKS.values())

@@ -157,3 +157,27 @@ def test_a_few_steps_overfit_a_batch(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 < losses[0]
+
+
+@pytest.mark.parametrize("name", ["vit_pico_p8_32", "rn_pico_32"])
+def test_image_tokens_come_beside_the_features(name):
+    model = make_model(name).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    features, tokens = model.encode_image_tokens(images)
+    torch.testing.assert_close(features, model.encode_image(images))
+    positions = 16 if name.startswith("vit") else 1
+    assert tokens.shape == (3, positions, model.image_tower.token_dim)
+    # A token belongs to its own image.
+    torch.testing.assert_close(model.encode_image_tokens(images[1:2])[1][0], tokens[1])
+    trained = {id(parameter) for module in model.image_tower.head_modules() for parameter in module.parameters()}
+    tokens.square().sum().backward()
+    for parameter in model.image_tower.parameters():
+        assert (parameter.grad is None) == (id(parameter) in trained)
+
+
+def test_tokens_are_those_of_the_kept_patches():
+    model = make_model("vit_pico_p8_32", patch_dropout=0.5).train()
+    images, keys = torch.randn(3, 3, 32, 32), torch.arange(3) << 40
+    features, tokens = model.encode_image_tokens(images, keys)
+    assert tokens.shape == (3, 8, 128)
+    torch.testing.assert_close(features, model.encode_image(images, keys))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models.text import TextTransformer
+from models.text import TextTransformer, caption_rows, pack_captions
 
 SIZES = {"vocab_size": 500, "context_length": 20, "width": 128, "layers": 3, "heads": 2, "embed_dim": 48}
 LENGTHS = torch.tensor([4, 9, 2, 12])
@@ -26,7 +26,7 @@ def make_token_ids(padding: str = "zeros", positions: int = 20) -> torch.Tensor:
 
 def all_rows(lengths: torch.Tensor = LENGTHS, positions: int = 20) -> torch.Tensor:
     """Flat positions of every token of every caption."""
-    return (torch.arange(positions) < lengths[:, None]).flatten().nonzero()[:, 0]
+    return torch.tensor([row * positions + i for row, length in enumerate(lengths.tolist()) for i in range(length)])
 
 
 def padded_reference(
@@ -239,3 +239,19 @@ def test_cuda_equals_the_cpu_and_does_not_wait(host_lengths):
     torch.testing.assert_close(on_device.cpu(), features, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(states_on_device.cpu(), states, atol=1e-4, rtol=1e-3)
     assert F.cosine_similarity(half.float().cpu(), features).min() > 0.999
+
+
+def test_states_of_all_tokens_in_order():
+    tower = make_tower()
+    token_ids, lengths = make_token_ids(), LENGTHS
+    rows = caption_rows(lengths, token_ids.shape[1])
+    assert rows.equal(all_rows())
+    assert pack_captions(lengths, rows, token_ids.shape[1], token_ids.device).rows is None
+    features, states = tower(token_ids, lengths, rows)
+    torch.testing.assert_close(features, tower(token_ids, lengths)[0])
+    assert len(states) == int(lengths.sum())
+    begin = 0
+    for caption, length in zip(token_ids, lengths.tolist(), strict=True):
+        own = tower(caption[None], torch.tensor([length]), torch.arange(length))[1]
+        torch.testing.assert_close(states[begin : begin + length], own, atol=1e-5, rtol=1e-5)
+        begin += length

@@ -82,7 +82,9 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
         "slip": {"name": "slip", "simclr_hidden_dim": 32, "simclr_out_dim": 16},
         "siglip": {"name": "siglip"},
         "align": {"name": "align", "logit_scale_init": 5.0},
+        "filip": {"name": "filip", "filip_dim": 32, "filip_topk": 4, "w_clip": 0.5},
     }
+    methods["defilip"] = {**methods["declip"], **methods["filip"], "name": "defilip"}
     recipe = {
         "recipe": path.stem,
         "model": {"name": "vit_nano_p8_32"},

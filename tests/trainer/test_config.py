@@ -28,6 +28,10 @@ PUBLISHED = {
     "siglip_webli_vitb16",
     "align_demo",
     "align_coyo700m_b7",
+    "filip_demo",
+    "filip_yfcc15m_vitb32",
+    "defilip_demo",
+    "defilip_yfcc15m_vitb32",
 }
 
 

@@ -3,25 +3,26 @@
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 7.1.
 """
 
-import torch
 from torch import Tensor
+
+from trainer.evaluation.similarity import class_scores, joined
 
 
 def probe_table(
     image_embeddings: Tensor, groups: list[str], classes: Tensor, categories: list[str | None]
 ) -> dict[str, dict[str, float]]:
-    """Share of each group's pictures whose best class belongs to each category.
+    """Share of each group's pictures whose best class belongs to each category. Collective.
 
     Args:
-        image_embeddings: [N, d] unit norm.
+        image_embeddings: [N, d], or tokens [N, P, d], unit norm.
         groups: Group of each picture, N names.
-        classes: [C, d] unit-norm class embeddings: those of the set, then those of the probed categories.
+        classes: Class embeddings of the set, then those of the probed categories, by `joined_classes`.
         categories: Category of each class, C entries; None for the set's own classes.
 
     Returns:
         Group to category to share in [0, 1], groups sorted, "all" last.
     """
-    best = (image_embeddings @ classes.T).argmax(dim=1).tolist()
+    best = class_scores(image_embeddings, classes).argmax(dim=1).tolist()
     names = sorted({category for category in categories if category is not None})
     table = {}
     for group in [*sorted(set(groups)), None]:
@@ -35,4 +36,4 @@ def joined_classes(own: Tensor, probed: dict[str, Tensor]) -> tuple[Tensor, list
     categories: list[str | None] = [None] * len(own)
     for name, embeddings in probed.items():
         categories += [name] * len(embeddings)
-    return torch.cat([own, *probed.values()]), categories
+    return joined([own, *probed.values()]), categories

@@ -19,6 +19,7 @@ from trainer.evaluation.linear_probe import Labelled, few_shot, linear_probe
 from trainer.evaluation.results import SetResult
 from trainer.evaluation.retrieval import retrieval_figures
 from trainer.evaluation.sets import EvalData, Samples, open_eval_set
+from trainer.evaluation.similarity import pooled
 from trainer.evaluation.zero_shot import class_embeddings, classification_figures, zero_shot_ranks
 from trainer.launch import Place
 from trainer.pipeline import index_store, project_cache, resolve_workers
@@ -29,7 +30,7 @@ class Embedded:
     """The readable samples of a set, in stored order, the same on every rank.
 
     Attributes:
-        images: [N, d] unit norm.
+        images: [N, d], or tokens [N, P, d], unit norm.
         rows: Position of each in the stored set.
         captions: Of each sample.
         metadata: Of each sample: its key, "cls", and the group of the bias probe.
@@ -98,7 +99,7 @@ class Evaluation:
         return Embedded(images, kept, list(captions), list(metadata), total - len(kept))
 
     def classes(self, encoder: Encoder, data: EvalData, names: list[str]) -> Tensor:
-        """Class embeddings [len(names), d] under the set's templates. Collective."""
+        """Class embeddings under the set's templates, see `class_embeddings`. Collective."""
         return class_embeddings(encoder, self._tokenizer, names, data.templates, self._config.eval.batch_size)
 
     def _run_one(self, encoder: Encoder, data: EvalData) -> SetResult:
@@ -112,7 +113,7 @@ class Evaluation:
             tasks["retrieval"] = self._retrieval(encoder, data, test)
         if data.train is not None:
             train = self.embed(encoder, data, data.train)
-            probed = [Labelled(part.images, labels_of(part, data)) for part in (train, test)]
+            probed = [Labelled(pooled(part.images), labels_of(part, data)) for part in (train, test)]
             if "linear_probe" in data.tasks:
                 tasks["linear_probe"] = linear_probe(*probed, len(data.class_names))
             if "few_shot" in data.tasks:

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.evaluation.similarity import TOKEN_TILE_ROWS, are_tokens, pairwise_scores
+
 CUTOFFS = (1, 5, 10)
 _TILE_ROWS = 1024
 
@@ -12,8 +14,8 @@ def retrieval_figures(image_embeddings: Tensor, text_embeddings: Tensor, owners:
     """Recall at 1, 5 and 10 in both directions. Collective: rows are spread over the ranks.
 
     Args:
-        image_embeddings: [N, d] unit norm, the whole set, the same on every rank.
-        text_embeddings: [M, d] unit norm, likewise.
+        image_embeddings: [N, d] or tokens [N, P, d], unit norm, the whole set, the same on every rank.
+        text_embeddings: [M, d] or tokens [M, T, d], likewise. Tokens of the query look for their matches in the target.
         owners: int64 [M], the image each caption describes.
 
     Returns:
@@ -22,14 +24,15 @@ def retrieval_figures(image_embeddings: Tensor, text_embeddings: Tensor, owners:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hits = torch.zeros(2, len(CUTOFFS), dtype=torch.int64, device=owners.device)
-    for begin in range(rank * _TILE_ROWS, len(text_embeddings), world_size * _TILE_ROWS):
-        rows = slice(begin, begin + _TILE_ROWS)
-        scores = text_embeddings[rows] @ image_embeddings.T
+    size = TOKEN_TILE_ROWS if are_tokens(image_embeddings) else _TILE_ROWS
+    for begin in range(rank * size, len(text_embeddings), world_size * size):
+        rows = slice(begin, begin + size)
+        scores = pairwise_scores(text_embeddings[rows], image_embeddings)
         best = scores.gather(1, owners[rows, None])
         hits[0] += _hits((scores >= best).sum(dim=1) - 1)
-    for begin in range(rank * _TILE_ROWS, len(image_embeddings), world_size * _TILE_ROWS):
-        rows = slice(begin, begin + _TILE_ROWS)
-        scores = image_embeddings[rows] @ text_embeddings.T
+    for begin in range(rank * size, len(image_embeddings), world_size * size):
+        rows = slice(begin, begin + size)
+        scores = pairwise_scores(image_embeddings[rows], text_embeddings)
         images = torch.arange(begin, begin + len(scores), device=owners.device)
         own = owners[None, :] == images[:, None]
         best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)

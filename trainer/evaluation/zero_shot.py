@@ -1,20 +1,27 @@
-"""Zero-shot classification with prompt ensembles in embedding space."""
+"""Zero-shot classification with prompt ensembles: of embeddings, or with tokens of scores."""
 
 import torch
 from torch import Tensor
 
 from data.tokenizer import CaptionTokenizer
 from trainer.evaluation.encode import Encoder, encode_texts
+from trainer.evaluation.similarity import are_tokens, class_scores
 
+# Scores of so many images are in memory at a time.
 _TILE_ROWS = 4096
 
 
 def class_embeddings(
     encoder: Encoder, tokenizer: CaptionTokenizer, class_names: list[str], templates: list[str], batch_size: int
 ) -> Tensor:
-    """Unit-norm class embeddings [C, embed_dim]: the normalised mean over the templates' unit-norm embeddings."""
+    """Class embeddings [C, d]: the normalised mean over the templates' unit-norm embeddings. Collective.
+
+    With tokens all prompts are kept, [C, templates, T, d], see `trainer.evaluation.similarity`.
+    """
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
     embeddings = encode_texts(encoder, tokenizer, prompts, batch_size)
+    if are_tokens(embeddings):
+        return embeddings.unflatten(0, (len(class_names), len(templates)))
     means = embeddings.view(len(class_names), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(means, dim=-1)
 
@@ -23,14 +30,12 @@ def zero_shot_ranks(image_embeddings: Tensor, labels: Tensor, classes: Tensor) -
     """How many other classes score at least as high as the right one, int64 [N]; 0 is a top-1 hit.
 
     Args:
-        image_embeddings: [N, d] unit norm.
+        image_embeddings: [N, d] or [N, T, d] unit norm.
         labels: int64 [N] in [0, C).
-        classes: [C, d] unit-norm class embeddings.
+        classes: From `class_embeddings`.
     """
-    tiles = range(0, len(labels), _TILE_ROWS)
-    scores = ((image_embeddings[begin : begin + _TILE_ROWS] @ classes.T, begin) for begin in tiles)
-    ranks = [score_ranks(tile, labels[begin : begin + _TILE_ROWS]) for tile, begin in scores]
-    return torch.cat(ranks) if ranks else labels.new_zeros(0)
+    parts = zip(image_embeddings.split(_TILE_ROWS), labels.split(_TILE_ROWS), strict=True)
+    return torch.cat([labels[:0], *(score_ranks(class_scores(images, classes), own) for images, own in parts)])
 
 
 def classification_figures(ranks: Tensor, labels: Tensor) -> dict[str, float]:

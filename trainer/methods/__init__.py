@@ -9,6 +9,8 @@ from trainer.methods.align import AlignMethod
 from trainer.methods.base import Method
 from trainer.methods.clip import ClipMethod
 from trainer.methods.declip import DeclipMethod
+from trainer.methods.defilip import DefilipMethod
+from trainer.methods.filip import FilipMethod
 from trainer.methods.siglip import SiglipMethod
 from trainer.methods.slip import SlipMethod
 
@@ -16,6 +18,8 @@ METHODS: dict[str, type[Method]] = {
     "align": AlignMethod,
     "clip": ClipMethod,
     "declip": DeclipMethod,
+    "defilip": DefilipMethod,
+    "filip": FilipMethod,
     "siglip": SiglipMethod,
     "slip": SlipMethod,
 }

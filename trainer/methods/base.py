@@ -39,6 +39,7 @@ class Method(nn.Module):
     Attributes:
         image_views: Augmentation role of each image view, in order (`base`, `augmented`).
         text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
+        has_global_embeddings: Whether the model's own features are trained to be compared, as exports need them.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -47,6 +48,7 @@ class Method(nn.Module):
 
     image_views: tuple[str, ...] = ("base",)
     text_views: tuple[str, ...] = ("original",)
+    has_global_embeddings: bool = True
 
     def __init__(self, model: ClipModel, settings: MethodSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -123,11 +125,19 @@ class Method(nn.Module):
         return [f"contrastive: {global_batch_size - 1} negatives per row (the whole global batch)"]
 
     def embed_image(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit-norm fp32 image embeddings of uint8 images [n, 3, H, W]."""
+        """Unit-norm fp32 image embeddings of uint8 images [n, 3, H, W].
+
+        Returns:
+            `embeddings` [n, d]; or [n, P, d], tokens to be compared one by one.
+        """
         return {"embeddings": normalize(self.model.encode_image(self.pixels(inputs["images"])))}
 
     def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit-norm fp32 text embeddings of token_ids [n, T] with text_lengths [n]."""
+        """Unit-norm fp32 text embeddings of token_ids [n, T] with text_lengths [n].
+
+        Returns:
+            `embeddings` [n, d]; or [n, T, d], tokens to be compared one by one, zero behind a caption's end.
+        """
         output = self.model.encode_text(inputs["token_ids"], inputs["text_lengths"])
         return {"embeddings": normalize(output.features)}
 

@@ -103,19 +103,30 @@ class DeclipMethod(Method):
             image_features [2, m, embed_dim], text_features [2, m, embed_dim] (original, EDA), not normalised; with
             MLM also mlm_rows [n, text width] (states at the masked positions) and mlm_targets int64 [n].
         """
+        features = self.encode_captions(batch)
+        images = self.pixels(batch["images"])
+        features["image_features"] = self.model.encode_image_views(images, batch.get("view_keys"))
+        return features
+
+    def encode_captions(self, batch: dict[str, Tensor], more_rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The text side of `encode`, and the states at further flat positions `more_rows` as more_states."""
         token_ids = batch["token_ids"]
         views, size, positions = token_ids.shape
-        state_rows = None
+        mlm_rows = batch["text_lengths"].new_empty(0)
         if self.weights["w_tss"]:
-            state_rows = batch["mlm_index"] + self.text_views.index("masked") * size * positions
-        text = self.model.encode_text(token_ids.flatten(0, 1), batch["text_lengths"].flatten(), state_rows=state_rows)
-        features = {
-            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
-            "text_features": text.features.unflatten(0, (views, size))[:2],
-        }
-        if state_rows is not None:
-            features["mlm_rows"] = text.states
+            mlm_rows = batch["mlm_index"] + self.text_views.index("masked") * size * positions
+        wanted = mlm_rows if more_rows is None else torch.cat([mlm_rows, more_rows])
+        text = self.model.encode_text(
+            token_ids.flatten(0, 1),
+            batch["text_lengths"].flatten(),
+            state_rows=wanted if self.weights["w_tss"] or more_rows is not None else None,
+        )
+        features = {"text_features": text.features.unflatten(0, (views, size))[:2]}
+        if self.weights["w_tss"]:
+            features["mlm_rows"] = text.states[: len(mlm_rows)]
             features["mlm_targets"] = batch["mlm_targets"]
+        if more_rows is not None:
+            features["more_states"] = text.states[len(mlm_rows) :]
         return features
 
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from trainer.evaluation import Evaluation
 from trainer.evaluation.encode import encode_texts
 from trainer.evaluation.evaluation import Embedded, labels_of
 from trainer.evaluation.sets import EvalData
-from trainer.evaluation.zero_shot import zero_shot_ranks
+from trainer.evaluation.similarity import class_scores, pairwise_scores
+from trainer.evaluation.zero_shot import score_ranks
 from trainer.launch import Place
 from trainer.pipeline import index_store
 from trainer.report.curves import Picture, new_figure, to_svg
@@ -96,7 +97,7 @@ def _of_set(
     matrix, queries = None, []
     if "retrieval" in data.tasks and all(test.captions):
         texts = encode_texts(model, tokenizer, [captions[0] for captions in test.captions], config.eval.batch_size)
-        matrix = _matrix(test.images[:_MATRIX_ROWS] @ texts[:_MATRIX_ROWS].T)
+        matrix = _matrix(pairwise_scores(test.images[:_MATRIX_ROWS], texts[:_MATRIX_ROWS]))
         queries = _queries(test, texts, thumbnails)
     best, worst = [], []
     if "zero_shot" in data.tasks:
@@ -119,7 +120,7 @@ def _queries(test: Embedded, texts: torch.Tensor, thumbnails: "_Thumbnails") -> 
     rows = np.unique(np.linspace(0, len(texts) - 1, min(_QUERIES, len(texts))).astype(int)).tolist()
     queries = []
     for row in rows:
-        scores = test.images @ texts[row]
+        scores = pairwise_scores(texts[row : row + 1], test.images)[0]
         order = scores.argsort(descending=True, stable=True)[:_NEAREST].tolist()
         found = [Found(thumbnails.url(index), float(scores[index]), index == row) for index in order]
         rank = int((scores > scores[row]).sum()) + 1
@@ -131,8 +132,8 @@ def _classes(
     test: Embedded, data: EvalData, classes: torch.Tensor, thumbnails: "_Thumbnails"
 ) -> tuple[list[ClassScore], list[ClassScore]]:
     labels = labels_of(test, data)
-    hit = zero_shot_ranks(test.images, labels, classes) == 0
-    predicted = torch.cat([(part @ classes.T).argmax(dim=1) for part in test.images.split(4096)])
+    scores = class_scores(test.images, classes)
+    hit, predicted = score_ranks(scores, labels) == 0, scores.argmax(dim=1)
     scored = []
     for label in labels.unique().tolist():
         own = labels == label
