@@ -39,6 +39,7 @@ class Method(nn.Module):
     Attributes:
         image_views: Augmentation role of each image view, in order (`base`, `augmented`).
         text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
+        context_size: Side in pixels of one more crop, around all image views; None for none.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -47,6 +48,7 @@ class Method(nn.Module):
 
     image_views: tuple[str, ...] = ("base",)
     text_views: tuple[str, ...] = ("original",)
+    context_size: int | None = None
 
     def __init__(self, model: ClipModel, settings: MethodSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__()
