@@ -1,5 +1,6 @@
 """Losses on feature tensors and the distributed primitives they need."""
 
+from losses.byol import byol_loss
 from losses.contrastive import ContrastiveTerms, contrastive_terms
 from losses.functional import normalize
 from losses.label_smoothing import smoothing_sums, smoothing_term
@@ -12,6 +13,7 @@ from losses.simsiam import feature_std, simsiam_loss
 __all__ = [
     "ContrastiveTerms",
     "NearestNeighborQueue",
+    "byol_loss",
     "contrastive_terms",
     "feature_std",
     "masked_lm_loss",
