@@ -88,4 +88,3 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters):
         yield
-
