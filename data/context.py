@@ -32,8 +32,8 @@ def enclosing_box(size: tuple[int, int], boxes: list[Box], rng: np.random.Genera
         boxes: (left, top, right, bottom), at least one.
         rng: A keyed generator.
 
-    Source: Yang et al. 2023, "Attentive Mask CLIP". Deviation: their code shrinks the box after moving its corner and
-    mixes up two sides, so that most of its boxes miss a part of a view.
+    Source: Yang et al. 2023, "Attentive Mask CLIP". Deviation: their code mixes up two sides and does not extend the
+    box again after moving its corner, so that its boxes may miss a part of a view.
     """
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     width, height = size
