@@ -288,3 +288,47 @@ def test_recipe_holds_the_published_settings():
     with torch.device("meta"):
         full = make_method(model_name="vit_b16")
     assert "masks: 100 of 196 patches kept per view" in full.describe(4096)[-1]
+
+
+def salient_batch(count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Grey noise with one of 16 patterns on one of 16 patches, named by the caption, and on which patch it is."""
+    patterns = torch.randint(0, 256, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    labels, places = torch.randint(0, 16, (2, count), generator=generator)
+    images = torch.randint(96, 160, (3, count, 3, 32, 32), generator=generator)
+    for row, (label, place) in enumerate(zip(labels.tolist(), places.tolist(), strict=True)):
+        top, left = place // 4 * 8, place % 4 * 8
+        images[:, row, :, top : top + 8, left : left + 8] = patterns[label]
+    images = images.to(torch.uint8)
+    batch = {
+        "images": images[:2],
+        "context_images": images[2:],
+        "crop_boxes": torch.tensor([0, 0, 32, 32]).expand(3, count, 4),
+        "token_ids": torch.stack([torch.full((count,), 49_406), 100 + labels, torch.full((count,), 49_407)], dim=1)[
+            None
+        ],
+        "text_lengths": torch.full((1, count), 3),
+    }
+    return batch, places
+
+
+def kept_share(method: Method, batch: dict[str, Tensor], places: Tensor) -> float:
+    kept = method.prepare(batch)["kept_patches"]
+    return float((kept == places[None, :, None]).any(-1).float().mean())
+
+
+@pytest.mark.slow
+def test_the_teacher_learns_to_keep_what_the_captions_name():
+    method, generator, steps = aclip(teacher_image_size=32, teacher_momentum=0.9), torch.Generator().manual_seed(3), 20
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
+    held_out = salient_batch(256, generator)
+    start = kept_share(method, *held_out)
+    for step in range(1, steps + 1):
+        method.begin_step(step, steps)
+        optimizer.zero_grad()
+        run(method, salient_batch(32, generator)[0])["loss"].backward()
+        optimizer.step()
+    end = kept_share(method, *held_out)
+    print(f"the patch that matters is kept in {start:.3f} of the views at the start, in {end:.3f} after {steps} steps")
+    # A random mask keeps 9 of 16.
+    assert start < 0.7
+    assert end > 0.95
