@@ -161,7 +161,7 @@ def test_a_skipped_step_moves_the_teacher_as_any_other_and_local_statistics_are_
     assert error > 100 * TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 def test_a_resumed_run_is_the_run_that_went_on(tmp_path):
     recipe = write_recipe(
         tmp_path / "r.yaml",
