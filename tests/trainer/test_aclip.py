@@ -79,7 +79,7 @@ def test_terms_and_gradients_against_the_equations():
     method, batch = aclip().double(), micro_batch(0, 8)
     scale = method.model.logit_scale
     scale.forward = lambda: scale.log_value.exp()
-    method.begin_step(1, 10)
+    method.before_step(1, 10)
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -181,7 +181,7 @@ def test_no_gradient_reaches_the_teacher_and_terms_can_be_left_out():
     assert not any(name.startswith(("simclr", "byol", "teacher_projector")) for name in bare.state_dict())
     terms = run(bare, micro_batch(0, 8))
     assert torch.equal(terms["loss"].detach(), terms["loss/clip"])
-    bare.begin_step(1, 2)
+    bare.before_step(1, 2)
     assert bare.metrics().keys() == {"aclip/momentum", "aclip/kept_attention"}
 
 
@@ -192,14 +192,14 @@ def test_the_teacher_follows_the_weights_once_a_step():
         tower.class_embedding.fill_(4.0)
         method.byol.projector[0].weight.fill_(2.0)
     # Weights that training starts from may be loaded after the method is made.
-    method.begin_step(1, 8)
+    method.before_step(1, 8)
     assert (teacher.class_embedding == 4.0).all()
     assert (method.teacher_projector[0].weight == 2.0).all()
     with torch.no_grad():
         tower.class_embedding.fill_(8.0)
     run(method, micro_batch(0, 2), micro_batch(2, 4))
     assert (teacher.class_embedding == 4.0).all()
-    method.begin_step(5, 8)
+    method.before_step(5, 8)
     # Half of the way from 0.5 to 1.
     assert method.metrics()["aclip/momentum"] == 0.75
     assert (teacher.class_embedding == 5.0).all()
@@ -323,7 +323,7 @@ def test_the_teacher_learns_to_keep_what_the_captions_name():
     held_out = salient_batch(256, generator)
     start = kept_share(method, *held_out)
     for step in range(1, steps + 1):
-        method.begin_step(step, steps)
+        method.before_step(step, steps)
         optimizer.zero_grad()
         run(method, salient_batch(32, generator)[0])["loss"].backward()
         optimizer.step()

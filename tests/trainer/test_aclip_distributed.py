@@ -60,10 +60,10 @@ def third_step(rank: int, world_size: int, cases: list[tuple[int, int]], **setti
         size = SAMPLES // world_size // accumulation
         engine = build_engine(stage, size, rank, world_size, **settings)
         for step in (1, 2):
-            engine.method.begin_step(step, STEPS)
+            engine.method.before_step(step, STEPS)
             forward_and_backward(engine, rank, world_size, size)
             engine.step()
-        engine.method.begin_step(3, STEPS)
+        engine.method.before_step(3, STEPS)
         terms = forward_and_backward(engine, rank, world_size, size)
         gradients = {}
         for name, parameter in engine.method.named_parameters():
@@ -129,17 +129,17 @@ def off_schedule(rank: int, world_size: int, stages: list[int]) -> tuple[list[bo
         engine = build_engine(stage, SAMPLES // world_size, rank, world_size)
         method = engine.method
         for step in (1, 2):
-            method.begin_step(step, STEPS)
+            method.before_step(step, STEPS)
             terms = forward_and_backward(engine, rank, world_size, SAMPLES // world_size)
             engine.step()
         before = {name: value.clone() for name, value in method.teacher.named_buffers()}
-        method.begin_step(3, STEPS)
+        method.before_step(3, STEPS)
         share = SAMPLES // world_size
         batch = micro_batch(rank * share, (rank + 1) * share)
         terms = engine("train", {"micro_batches": [batch]})
         engine.backward(terms["loss"] * (math.nan if rank == 0 else 1.0))
         skipped, _ = engine.step()
-        method.begin_step(4, STEPS)
+        method.before_step(4, STEPS)
         momenta = [0.75, 1 - 0.5 * (1 + math.cos(math.pi * 3 / 4)) / 2]
         right = bool(skipped)
         for name, parameter in method.model.image_tower.named_parameters():

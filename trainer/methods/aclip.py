@@ -12,8 +12,8 @@ from models.clip import ClipModel
 from models.heads import ByolHead, SimClrHead
 from models.vit import VisionTransformer
 from trainer.errors import ConfigError
+from trainer.mean_teacher import cosine_momentum, teacher_of, update_teacher
 from trainer.methods.base import Method, MethodSettings
-from trainer.teacher import cosine_momentum, teacher_of, update_teacher
 
 
 class AclipSettings(MethodSettings):
@@ -69,7 +69,7 @@ class AclipMethod(Method):
         # What `metrics` reports on, from the last step.
         self._seen: dict[str, Tensor] = {}
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def before_step(self, step: int, steps: int) -> None:
         """Move the teacher towards the weights as the step before left them; collective at ZeRO 3."""
         # At the first step a copy: weights that training starts from were loaded after the teacher was made.
         self._momentum = cosine_momentum(step, steps, self.settings.teacher_momentum) if step > 1 else 0.0

@@ -76,7 +76,7 @@ class Method(nn.Module):
             return self.objective(encode_micro_batches(self.encode, micro_batches, self.feature_dims))
         return {"image": self.embed_image, "text": self.embed_text}[phase](inputs)
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def before_step(self, step: int, steps: int) -> None:
         """What precedes step `step` of `steps`, counted from 1 (a schedule, a teacher). Once per step on every rank."""
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

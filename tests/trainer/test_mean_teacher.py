@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.teacher
+import trainer.mean_teacher
 from models.batch_norm import BatchNorm
-from trainer.teacher import cosine_momentum, teacher_of, update_teacher
+from trainer.mean_teacher import cosine_momentum, teacher_of, update_teacher
 
 
 def make_module() -> nn.Module:
@@ -41,7 +41,7 @@ def test_average_over_many_steps_has_a_closed_form(chunk):
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
         module[1].running_mean.fill_(3.0)
-    with mock.patch.object(trainer.teacher, "_CHUNK", chunk):
+    with mock.patch.object(trainer.mean_teacher, "_CHUNK", chunk):
         for _ in range(30):
             update_teacher(teacher, module, 0.9)
     for name, weights in module.named_parameters():
