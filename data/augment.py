@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
 from data.decode import EncodedImage, shrink_factor
 from data.errors import DataError
 from data.pixels import gaussian_blur, resize_crop, turn_hue
 
-__all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "ImageAugmentation", "align", "eval_view", "random_views"]
+__all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "Box", "Cutter", "ImageAugmentation", "align", "eval_view", "random_views"]
 
 Box = tuple[int, int, int, int]
 
@@ -28,7 +28,7 @@ class ImageAugmentation:
     """Parameters of one image view; the defaults take the centre square as it is.
 
     Order: random resized crop, rotation and shift, colour jitter (its four changes in random order), grayscale, blur,
-    flip. Colour factors and hue follow torchvision's ColorJitter.
+    solarisation, flip. Colour factors and hue follow torchvision's ColorJitter.
 
     Args:
         crop_scale: Range of the crop's area as a share of the image, within (0, 1].
@@ -44,6 +44,7 @@ class ImageAugmentation:
         grayscale_probability: Chance of dropping the colour.
         blur_probability: Chance of a Gaussian blur.
         blur_sigma: Range of its standard deviation in output pixels.
+        solarize_probability: Chance that values from 128 on are inverted.
         flip_probability: Chance of a horizontal flip.
 
     Raises:
@@ -63,6 +64,7 @@ class ImageAugmentation:
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
     flip_probability: float = 0.0
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class ImageAugmentation:
         _check_range("crop_ratio", self.crop_ratio, math.inf)
         _check_range("blur_sigma", self.blur_sigma, math.inf)
         limits = {"rotation": 180.0, "hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
-        shares = ("shift", "jitter_probability", "grayscale_probability", "blur_probability", "flip_probability")
+        changes = ("jitter", "grayscale", "blur", "solarize", "flip")
+        shares = ("shift", *(f"{change}_probability" for change in changes))
         for name, limit in (limits | dict.fromkeys(shares, 1.0)).items():
             value = getattr(self, name)
             if not 0 <= value <= limit:
@@ -86,9 +89,15 @@ class ImageAugmentation:
             self.jitter_probability,
             self.grayscale_probability,
             self.blur_probability,
+            self.solarize_probability,
             self.flip_probability,
         )
         return any((self.rotation, self.shift, *probabilities))
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether `distort` may take a pixel to where the crop box does not say it is."""
+        return any((self.rotation, self.shift, self.flip_probability))
 
     def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
         """Draws the crop (left, top, right, bottom) in a picture of size (width, height)."""
@@ -113,6 +122,8 @@ class ImageAugmentation:
             image = functional.rgb_to_grayscale(image, num_output_channels=3)
         if self.blur_probability and rng.random() < self.blur_probability:
             image = Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(*self.blur_sigma)))
+        if self.solarize_probability and rng.random() < self.solarize_probability:
+            image = ImageOps.solarize(image)
         if self.flip_probability and rng.random() < self.flip_probability:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
@@ -162,18 +173,44 @@ def random_views(
     """
     pairs = list(zip(augmentations, generators, strict=True))
     boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
-    smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
-    factor = shrink_factor(smallest / (DECODE_MARGIN * image_size))
-    image = encoded.decode(factor)
-    scale = factor if image.size != encoded.size else 1
-    views = np.empty((len(pairs), 3, image_size, image_size), dtype=np.uint8)
-    for view, (augmentation, rng), box in zip(views, pairs, boxes, strict=True):
-        box = tuple(-(-edge // scale) for edge in align(box, encoded.size, factor))
-        pixels = resize_crop(image, box, image_size, augmentation.interpolation)
+    cutter = Cutter(encoded, boxes, image_size)
+    return np.stack([cutter.view(box, image_size, *pair) for box, pair in zip(boxes, pairs, strict=True)])
+
+
+class Cutter:
+    """A picture decoded once, no larger than its crops need.
+
+    Args:
+        encoded: The checked picture.
+        boxes: The crops that will be resized to `image_size`, in its own pixels.
+        image_size: Side of their square output.
+
+    Raises:
+        BadSample: Truncated or damaged picture.
+    """
+
+    def __init__(self, encoded: EncodedImage, boxes: list[Box], image_size: int):
+        smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+        self._size = encoded.size
+        self._factor = shrink_factor(smallest / (DECODE_MARGIN * image_size))
+        self._image = encoded.decode(self._factor)
+        self._scale = self._factor if self._image.size != encoded.size else 1
+
+    def aligned(self, box: Box) -> Box:
+        """The pixels of the original picture that `cut` takes for a box."""
+        return align(box, self._size, self._factor)
+
+    def cut(self, box: Box, size: int, interpolation: str) -> np.ndarray:
+        """Returns a box as uint8 [size, size, 3]."""
+        box = tuple(-(-edge // self._scale) for edge in self.aligned(box))
+        return resize_crop(self._image, box, size, interpolation)
+
+    def view(self, box: Box, size: int, augmentation: ImageAugmentation, rng: np.random.Generator) -> np.ndarray:
+        """Returns a box as a random view, uint8 [3, size, size]."""
+        pixels = self.cut(box, size, augmentation.interpolation)
         if augmentation.distorts:
             pixels = np.asarray(augmentation.distort(Image.fromarray(pixels), rng))
-        view[:] = pixels.transpose(2, 0, 1)
-    return views
+        return pixels.transpose(2, 0, 1)
 
 
 def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarray:
@@ -251,6 +288,20 @@ AUGMENTATIONS = {
         grayscale_probability=0.2,
         blur_probability=0.5,
         flip_probability=0.5,
+    ),
+    # The two views of A-CLIP (Yang et al. 2023): no flip, as attention is carried over by the crop boxes.
+    "aclip": ImageAugmentation(
+        crop_scale=(0.5, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        jitter_probability=0.8,
+        grayscale_probability=0.2,
+        blur_probability=0.1,
+        solarize_probability=0.2,
     ),
     # Captions of symbols name colours, sides and directions: no flip, no hue, no grayscale, no strong crop or rotation.
     "glyph": ImageAugmentation(

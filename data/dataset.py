@@ -30,21 +30,23 @@ class Views(Protocol):
 
 
 # (image bytes, captions, (seed, source, epoch, sample)) -> views; raises BadSample. An attribute `text_views` that
-# contains "masked" asks for mlm_index and mlm_targets in the batch.
+# contains "masked" asks for mlm_index and mlm_targets in the batch; a `context_size` for a crop around all views.
 TrainTransform = Callable[[bytes, list[str], tuple[int | str, ...]], Views]
 
 
-def collate_views(views: Sequence[Views], *, masked: bool) -> dict[str, torch.Tensor]:
+def collate_views(views: Sequence[Views], *, masked: bool, in_context: bool = False) -> dict[str, torch.Tensor]:
     """Stacks the views of the samples of one micro-batch.
 
     Args:
         views: Views of m samples; each has images uint8 [V, 3, H, W] and K lists of token ids.
         masked: Whether one text view is masked for MLM.
+        in_context: Whether each has a crop around its views.
 
     Returns:
         images uint8 [V, m, 3, H, W]; token_ids int64 [K, m, T] padded with 0 to the longest caption of the micro-batch
         over all K views; text_lengths int64 [K, m]; with `masked` also mlm_index int64 [n], flat positions
-        row * T + position of the masked view, and mlm_targets int64 [n].
+        row * T + position of the masked view, and mlm_targets int64 [n]; with `in_context` also context_images uint8
+        [1, m, 3, C, C] and crop_boxes int64 [1 + V, m, 4], (left, top, right, bottom) of the context and each view.
     """
     first = np.asarray(views[0].images)
     images = np.empty((first.shape[0], len(views), *first.shape[1:]), dtype=np.uint8)
@@ -66,6 +68,9 @@ def collate_views(views: Sequence[Views], *, masked: bool) -> dict[str, torch.Te
         targets = [target for view in views for target in view.mlm_targets]
         batch["mlm_index"] = torch.tensor(index, dtype=torch.int64)
         batch["mlm_targets"] = torch.tensor(targets, dtype=torch.int64)
+    if in_context:
+        batch["context_images"] = torch.from_numpy(np.stack([view.context for view in views])[None])
+        batch["crop_boxes"] = torch.from_numpy(np.stack([view.crop_boxes for view in views], axis=1))
     return batch
 
 
@@ -138,6 +143,7 @@ class TrainDataset(_ReadingDataset):
         self._order = order
         self._transform = transform
         self._masked = "masked" in getattr(transform, "text_views", ())
+        self._in_context = getattr(transform, "context_size", None) is not None
         self._micro_batch_size = micro_batch_size
         self._first_slot = rank * self.micro_batches_per_step * micro_batch_size
         self._held_batches = held_batches
@@ -163,7 +169,7 @@ class TrainDataset(_ReadingDataset):
             name = self._sources[source].name
             keys[row] = (self._order.seed, name, epoch, used)
             hashes[row] = keyed_hash(int(plan.slot[row]), name, used, key) >> 1
-        batch = collate_views(views, masked=self._masked)
+        batch = collate_views(views, masked=self._masked, in_context=self._in_context)
         batch["sample_hash"] = torch.from_numpy(hashes)
         batch["view_keys"] = torch.from_numpy(_view_keys(keys, len(batch["images"])))
         self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))

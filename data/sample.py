@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
-from data.decode import DEFAULT_MAX_PIXELS, check_max_pixels, open_image
+from data.context import views_in_context
+from data.decode import DEFAULT_MAX_PIXELS, EncodedImage, check_max_pixels, open_image
 from data.eda import Eda, load_synonyms
 from data.errors import BadSample, DataError
 from data.mlm import mask_tokens
@@ -29,12 +30,16 @@ class SampleViews(NamedTuple):
         token_ids: K lists of ids, SOT and EOT included, without padding.
         mlm_positions: Selected positions in the "masked" view; empty without one.
         mlm_targets: Original ids there.
+        context: uint8 [3, C, C], a crop around all views; None unless asked for.
+        crop_boxes: int64 [1 + V, 4], (left, top, right, bottom) of the context and of each view; None without.
     """
 
     images: np.ndarray
     token_ids: list[list[int]]
     mlm_positions: list[int]
     mlm_targets: list[int]
+    context: np.ndarray | None = None
+    crop_boxes: np.ndarray | None = None
 
 
 class SampleTransform:
@@ -45,13 +50,15 @@ class SampleTransform:
         image_views: One augmentation, or its name in `AUGMENTATIONS`, per image view.
         text_views: Each "original", "eda" (one edited word-level copy) or "masked" (ids masked for MLM, at most once).
         image_size: Side of the square views in pixels.
+        context_size: Side in pixels of one more crop, around all views; None for none.
         mask_probability: Chance of each token of the masked view to be selected.
         synonyms_path: Table for the "eda" view, see `data.eda.load_synonyms`.
         max_image_pixels: Larger pictures are bad samples.
         max_caption_chars: Longer captions are cut before any other work.
 
     Raises:
-        DataError: An unknown view, a missing mask token, or a limit out of range.
+        DataError: An unknown view, a missing mask token, a limit out of range, or with `context_size` a view whose
+            pixels are not where its crop box says.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class SampleTransform:
         image_views: tuple[ImageAugmentation | str, ...],
         text_views: tuple[str, ...],
         image_size: int,
+        context_size: int | None = None,
         mask_probability: float = 0.15,
         synonyms_path: Path | str | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
@@ -73,6 +81,9 @@ class SampleTransform:
         self.image_views = tuple(map(_augmentation, image_views))
         self.text_views = tuple(text_views)
         self.image_size = image_size
+        self.context_size = context_size
+        if context_size is not None:
+            _check_still(self.image_views)
         self.mask_probability = mask_probability
         self.max_image_pixels = max_image_pixels
         self.max_caption_chars = max_caption_chars
@@ -94,17 +105,26 @@ class SampleTransform:
             raise BadSample("sample has no caption")
         encoded = open_image(image_bytes, self.max_image_pixels)
         generators = [keyed_rng(*key, "image", view) for view in range(len(self.image_views))]
-        images = random_views(encoded, self.image_views, generators, self.image_size)
+        images, context, boxes = self._image_views(encoded, generators, key)
         caption = captions[0]
         if len(captions) > 1:
             caption = captions[keyed_rng(*key, "caption").integers(len(captions))]
-        return self._text_views(images, caption[: self.max_caption_chars], key)
+        views = SampleViews(images, [], [], [], context, boxes)
+        self._add_text_views(views, caption[: self.max_caption_chars], key)
+        return views
 
-    def _text_views(self, images: np.ndarray, caption: str, key: tuple[int | str, ...]) -> SampleViews:
+    def _image_views(
+        self, encoded: EncodedImage, generators: list[np.random.Generator], key: tuple[int | str, ...]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        if self.context_size is None:
+            return random_views(encoded, self.image_views, generators, self.image_size), None, None
+        rng = keyed_rng(*key, "context")
+        return views_in_context(encoded, self.image_views, generators, self.image_size, rng, self.context_size)
+
+    def _add_text_views(self, views: SampleViews, caption: str, key: tuple[int | str, ...]) -> None:
         original = self.tokenizer.encode(caption)
         if len(original) == _EMPTY_CAPTION:
             raise BadSample("the caption has no readable character")
-        views = SampleViews(images, [], [], [])
         for view, kind in enumerate(self.text_views):
             if kind == "original":
                 views.token_ids.append(original)
@@ -123,7 +143,6 @@ class SampleTransform:
             views.token_ids.append(masked.token_ids)
             views.mlm_positions.extend(masked.positions)
             views.mlm_targets.extend(masked.targets)
-        return views
 
 
 @dataclass(frozen=True)
@@ -167,6 +186,14 @@ def _augmentation(view: ImageAugmentation | str) -> ImageAugmentation:
     if view not in AUGMENTATIONS:
         raise DataError(f"unknown image view {view!r}; expected one of {', '.join(AUGMENTATIONS)}")
     return AUGMENTATIONS[view]
+
+
+def _check_still(image_views: tuple[ImageAugmentation, ...]) -> None:
+    if any(view.moves_pixels for view in image_views):
+        raise DataError(
+            "a crop around the views needs views whose pixels are where their crop boxes say: set rotation, shift and "
+            "flip_probability to 0 in data.augmentation, or use the preset aclip"
+        )
 
 
 def _check_text_views(text_views: tuple[str, ...], tokenizer: CaptionTokenizer) -> None:

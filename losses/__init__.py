@@ -1,5 +1,6 @@
 """Losses on feature tensors and the distributed primitives they need."""
 
+from losses.byol import byol_loss
 from losses.contrastive import ContrastiveTerms, contrastive_terms
 from losses.filip import KeySelection, filip_loss
 from losses.functional import normalize
@@ -15,6 +16,7 @@ __all__ = [
     "ContrastiveTerms",
     "KeySelection",
     "NearestNeighborQueue",
+    "byol_loss",
     "contrastive_terms",
     "feature_std",
     "filip_loss",

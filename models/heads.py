@@ -126,6 +126,45 @@ class TokenHead(nn.Module):
         return self.projection(states.to(self.projection.weight.dtype))
 
 
+class ByolHead(nn.Module):
+    """BYOL's projector and predictor on the image backbone, both of one form and without biases.
+
+    Args:
+        in_dim: Width of the backbone's features, before the projection to the shared space.
+        hidden_dim: Width of the hidden layer of both.
+        out_dim: Width of a projection and of its prediction.
+        batch_norm: "sync" for statistics over all ranks, "local" for those of this rank. Always per view.
+
+    Raises:
+        ValueError: On another `batch_norm`.
+
+    Source: Grill et al. 2020, "Bootstrap your own latent"; sizes from Yang et al. 2023, "Attentive Mask CLIP".
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int = 4096, out_dim: int = 256, *, batch_norm: str = "sync"):
+        super().__init__()
+        sync = check_batch_norm_mode(batch_norm)
+        self.projector, self.predictor = (
+            nn.Sequential(
+                nn.Linear(width, hidden_dim, bias=False),
+                BatchNorm(hidden_dim, sync=sync),
+                nn.ReLU(),
+                nn.Linear(hidden_dim, out_dim, bias=False),
+            )
+            for width in (in_dim, out_dim)
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Predicts from all views at once, [V, n, in_dim] to [V, n, out_dim]; no view sees the statistics of another.
+
+        Raises:
+            ValueError: If `pooled` is not three-dimensional.
+        """
+        if pooled.ndim != 3:
+            raise ValueError(f"features have shape {tuple(pooled.shape)}; expected [V, n, in_dim], views first")
+        return self.predictor(self.projector(pooled.to(self.projector[0].weight.dtype)))
+
+
 class MlmHead(nn.Module):
     """Predicts masked tokens from text states with one linear layer, not tied to the token table.
 

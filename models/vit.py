@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attentive_mask import ClassAttention
 from models.patch_dropout import kept_patches
-from models.sequences import UniformSequences
+from models.positions import resize_positions
+from models.sequences import Sequences, UniformSequences
 from models.transformer import Linear, Transformer
 
 
@@ -87,6 +89,7 @@ class VisionTransformer(nn.Module):
         images: Tensor,
         dropout_keys: Tensor | None = None,
         *,
+        kept: Tensor | None = None,
         with_pooled: bool = False,
         with_tokens: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -96,6 +99,8 @@ class VisionTransformer(nn.Module):
             images: float [n, 3, image_size, image_size], normalised.
             dropout_keys: int64 [n] on the images' device, well mixed; an image's key alone decides which of its
                 patches are kept. Used in training with patch dropout only.
+            kept: int64 [n, k], row-major indices of the patches to encode; None means all, or in training those that
+                patch dropout keeps.
             with_pooled: Also return what the projection reads.
             with_tokens: Instead return the states of the patches as well.
 
@@ -107,23 +112,57 @@ class VisionTransformer(nn.Module):
             ValueError: On images of another size, or without keys where they are needed.
         """
         check_image_shape(images, self.image_size)
-        patches = unfold_patches(images.to(self.patch_embed.weight.dtype), self.patch_size)
-        class_position, patch_positions = self.positional_embedding.split([1, self.num_patches])
-        if self.training and self.has_patch_dropout:
+        if kept is None and self.training and self.has_patch_dropout:
             kept = self._kept_patches(dropout_keys, len(images))
-            patches = patches.take_along_dim(kept[..., None], dim=1)
-            patch_positions = F.embedding(kept, patch_positions)
-        tokens = self.patch_embed(patches) + patch_positions
-        class_token = (self.class_embedding + class_position).expand(images.shape[0], 1, -1)
-        tokens = self.ln_pre(torch.cat([class_token, tokens], dim=1))
+        tokens = self._tokens(images, self.positional_embedding, kept)
         sequences = UniformSequences(*tokens.shape[:2])
         if with_tokens:
             states = self.transformer(tokens.flatten(0, 1), sequences).view_as(tokens)
             return self.proj(self.ln_post(states[:, 0])), states[:, 1:]
-        class_rows = torch.arange(sequences.count, device=images.device) * sequences.length
-        pooled = self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows))
+        pooled = self._pooled(tokens, sequences)
         features = self.proj(pooled)
         return (features, pooled) if with_pooled else features
+
+    def attend(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the projection reads, and which patches the class token attends to on the way there.
+
+        For a tower whose parameters are not trained in place: ZeRO 3 knows nothing of this method. No gradient.
+
+        Args:
+            images: float [n, 3, H, H], normalised, H any multiple of `patch_size`; position embeddings are
+                interpolated to its grid.
+
+        Returns:
+            [n, pooled_dim], and float32 [n, G, G] with G = H / patch_size: the softmax of the class token over all
+            tokens, the mean over heads and blocks, for the patches. It sums up to less than 1, as the class token's
+            attention to itself is left out.
+
+        Raises:
+            ValueError: On images that are not square or do not divide into patches.
+        """
+        side = images.shape[-1]
+        check_image_shape(images, side - side % self.patch_size)
+        grid = side // self.patch_size
+        with torch.no_grad():
+            tokens = self._tokens(images, resize_positions(self.positional_embedding, 1 + grid**2), None)
+            total = torch.zeros(tokens.shape[:2], device=images.device)
+            pooled = self._pooled(tokens, ClassAttention(*tokens.shape[:2], total))
+        return pooled, total[:, 1:].unflatten(1, (grid, grid)) / len(self.transformer.resblocks)
+
+    def _tokens(self, images: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
+        """Embeds the class token and the patches, all or those kept; [n, 1 + patches, width]."""
+        patches = unfold_patches(images.to(self.patch_embed.weight.dtype), self.patch_size)
+        class_position, patch_positions = positions.split([1, len(positions) - 1])
+        if kept is not None:
+            patches = patches.take_along_dim(kept[..., None], dim=1)
+            patch_positions = F.embedding(kept, patch_positions)
+        tokens = self.patch_embed(patches) + patch_positions
+        class_token = (self.class_embedding + class_position).expand(images.shape[0], 1, -1)
+        return self.ln_pre(torch.cat([class_token, tokens], dim=1))
+
+    def _pooled(self, tokens: Tensor, sequences: Sequences) -> Tensor:
+        class_rows = torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
+        return self.ln_post(self.transformer(tokens.flatten(0, 1), sequences, class_rows))
 
     def lock_groups(self) -> list[list[nn.Module | nn.Parameter]]:
         """What can be frozen together, from the pixels to the projection."""

@@ -77,6 +77,7 @@ def _train_step(
     enter(step, "data")
     micro_batches = _next_batches(run, batches)
     enter(step, "forward")
+    engine.method.before_step(step, config.train.steps)
     # A fresh stream each step, so that a tower which draws from torch's generator (timm's drop path) leaves nothing to
     # save and continues exactly; patch dropout is keyed by sample instead.
     torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank) % 2**63)

@@ -123,6 +123,7 @@ class TrainData:
             tuple(augmentation(config, role) for role in method.image_views),
             method.text_views,
             method.model.image_tower.image_size,
+            method.context_size,
             mask_probability=config.method.get("mlm_probability", 0.15),
             synonyms_path=config.data.synonyms,
             max_image_pixels=config.data.max_image_pixels,

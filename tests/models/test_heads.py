@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models.batch_norm import BatchNorm
-from models.heads import MlmHead, SimSiamHead
+from models.heads import ByolHead, MlmHead, SimSiamHead
 from tests.distributed import run_distributed
 
 
@@ -95,3 +95,17 @@ def test_wrong_arguments_are_refused():
         make_head("global")
     with pytest.raises(ValueError, match=r"expected \[V, n, in_dim\]"):
         make_head()(torch.zeros(8, 12))
+
+
+def test_byol_head_is_that_of_the_paper():
+    head = ByolHead(768)
+    for layers, width in ((head.projector, 768), (head.predictor, 256)):
+        assert [type(layer) for layer in layers] == [nn.Linear, BatchNorm, nn.ReLU, nn.Linear]
+        expected = width * 4096 + 2 * 4096 + 4096 * 256
+        assert sum(parameter.numel() for parameter in layers.parameters()) == expected
+    small, features = ByolHead(12, 32, 16), make_features()
+    together = small(features)
+    assert together.shape == (2, 8, 16)
+    torch.testing.assert_close(small(features[1:])[0], together[1])
+    with pytest.raises(ValueError, match=r"expected \[V, n, in_dim\]"):
+        small(features[0])

@@ -77,6 +77,7 @@ def write_eval_set(folder: Path, samples: int = 37) -> Path:
 def write_recipe(path: Path, shards: str, method: str = "declip", **sections: dict) -> Path:
     """A recipe small enough for a test: 20 steps of 16 samples in fp32."""
     methods = {
+        "aclip": {"name": "aclip", "mask_block": 1, "head_hidden_dim": 32, "head_out_dim": 16},
         "clip": {"name": "clip"},
         "declip": {"name": "declip", "nns_queue_size": 80, "iss_hidden_dim": 32, "iss_predictor_dim": 16},
         "slip": {"name": "slip", "simclr_hidden_dim": 32, "simclr_out_dim": 16},

@@ -5,6 +5,7 @@ from typing import Any
 
 from trainer.config import Section, validate_section
 from trainer.errors import ConfigError
+from trainer.methods.aclip import AclipMethod
 from trainer.methods.align import AlignMethod
 from trainer.methods.base import Method
 from trainer.methods.clip import ClipMethod
@@ -15,6 +16,7 @@ from trainer.methods.siglip import SiglipMethod
 from trainer.methods.slip import SlipMethod
 
 METHODS: dict[str, type[Method]] = {
+    "aclip": AclipMethod,
     "align": AlignMethod,
     "clip": ClipMethod,
     "declip": DeclipMethod,

@@ -35,11 +35,13 @@ class Method(nn.Module):
 
     A step has two halves, between which the gradient cache joins micro-batches: `encode` turns a micro-batch into
     feature tensors, `objective` turns the features of this rank's whole share of the global batch into named terms.
+    What `encode` needs that has no gradient comes from `prepare`, which the gradient cache does not repeat.
 
     Attributes:
         image_views: Augmentation role of each image view, in order (`base`, `augmented`).
         text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
         has_global_embeddings: Whether the model's own features are trained to be compared, as exports need them.
+        context_size: Side in pixels of one more crop, around all image views; None for none.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -49,6 +51,7 @@ class Method(nn.Module):
     image_views: tuple[str, ...] = ("base",)
     text_views: tuple[str, ...] = ("original",)
     has_global_embeddings: bool = True
+    context_size: int | None = None
 
     def __init__(self, model: ClipModel, settings: MethodSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -71,8 +74,16 @@ class Method(nn.Module):
             share (the mean over ranks is the value for the global batch).
         """
         if phase == "train":
-            return self.objective(encode_micro_batches(self.encode, inputs["micro_batches"], self.feature_dims))
+            micro_batches = [self.prepare(batch) for batch in inputs["micro_batches"]]
+            return self.objective(encode_micro_batches(self.encode, micro_batches, self.feature_dims))
         return {"image": self.embed_image, "text": self.embed_text}[phase](inputs)
+
+    def before_step(self, step: int, steps: int) -> None:
+        """What precedes step `step` of `steps`, counted from 1 (a schedule, a teacher). Once per step on every rank."""
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A micro-batch with what `encode` needs besides, once per micro-batch; without gradient."""
+        return batch
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features of one micro-batch: those of all views, unless a method needs others.
