@@ -79,7 +79,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     if arguments.dry_run:
         with torch.device("meta"):
             method = build_method(config, tokenizer)
-            method.begin_run(config.train.steps, plan.global_batch_size, None)
+            method.begin_run(config.train, None)
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
@@ -102,7 +102,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
     num_samples = sum(source.num_samples for source in sources)
-    together(lambda: method.begin_run(config.train.steps, plan.global_batch_size, num_samples))
+    together(lambda: method.begin_run(config.train, num_samples))
     if checkpoint is None:
         # The engine gives every rank the parameters of rank 0, which alone needs the files.
         for line in on_main(lambda: load_pretrained(config.model, method.model)):

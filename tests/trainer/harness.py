@@ -79,6 +79,15 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
     methods = {
         "clip": {"name": "clip"},
         "declip": {"name": "declip", "nns_queue_size": 80, "iss_hidden_dim": 32, "iss_predictor_dim": 16},
+        "protoclip": {
+            "name": "protoclip",
+            "episode_steps": 4,
+            "warmup_episodes": 1,
+            "lit_episodes": 1,
+            "clusters": 6,
+            "head_dim": 8,
+            "head_hidden_dim": 16,
+        },
     }
     recipe = {
         "recipe": path.stem,

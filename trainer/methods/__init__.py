@@ -8,10 +8,12 @@ from trainer.errors import ConfigError
 from trainer.methods.base import Method
 from trainer.methods.clip import ClipMethod
 from trainer.methods.declip import DeclipMethod
+from trainer.methods.protoclip import ProtoclipMethod
 
 METHODS: dict[str, type[Method]] = {
     "clip": ClipMethod,
     "declip": DeclipMethod,
+    "protoclip": ProtoclipMethod,
 }
 
 

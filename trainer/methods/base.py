@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losses import normalize
 from models.clip import ClipModel
-from trainer.config import Section
+from trainer.config import Section, TrainConfig
 from trainer.gradient_cache import encode_micro_batches
 
 
@@ -97,12 +97,11 @@ class Method(nn.Module):
         """Named terms of the whole local share of the global batch."""
         raise NotImplementedError
 
-    def begin_run(self, steps: int, global_batch_size: int, num_samples: int | None) -> None:
+    def begin_run(self, train: TrainConfig, num_samples: int | None) -> None:
         """Told once, before the engine is built; for training only. Must not contain a collective.
 
         Args:
-            steps: `train.steps`.
-            global_batch_size: Samples of a step.
+            train: The recipe's `train` section.
             num_samples: Samples of all sources; None in a dry run, which has not opened them.
 
         Raises:
