@@ -197,8 +197,9 @@ def steps(run_dir: Path) -> dict[int, dict]:
 
 
 def state_hashes(run_dir: Path) -> dict[int, str]:
-    """Hash of the queue in each checkpoint on record, by step."""
-    return {record["step"]: record["state_hash"] for record in metrics(run_dir) if record.get("event") == "checkpoint"}
+    """Hash of the method's state in each checkpoint on record that has some, by step."""
+    saved = (record for record in metrics(run_dir) if record.get("event") == "checkpoint")
+    return {record["step"]: record["state_hash"] for record in saved if "state_hash" in record}
 
 
 def ds_config(stage: int) -> str:
