@@ -21,6 +21,8 @@ from losses.distributed import all_reduce_sum_
 # MAX_ENTRY fit into 63 bits.
 _FIXED_POINT = float(1 << 28)
 MAX_ENTRY = 16.0
+# Of squared distances, which are larger.
+_FIXED_POINT_DISTANCE = float(1 << 20)
 _SUM_CHUNK_ROWS = 1 << 16
 # Distances of one chunk of rows to all centroids, in bytes.
 _SEARCH_CHUNK_BYTES = 256 * 2**20
@@ -48,23 +50,32 @@ class ClusterSums:
     """
 
     def __init__(self, clusters: int, dim: int, device: torch.device) -> None:
-        self._sums = torch.zeros(clusters, dim, dtype=torch.int64, device=device)
-        self._counts = torch.zeros(clusters, dtype=torch.int64, device=device)
+        # One tensor, so that one all-reduce takes it all: sums, a column of counts, and a row that begins with the
+        # squared distances.
+        self._table = torch.zeros(clusters + 1, dim + 1, dtype=torch.int64, device=device)
 
-    def add(self, rows: Tensor, labels: Tensor) -> None:
-        """Add this rank's rows [m, dim], entries up to `MAX_ENTRY` in size, under their labels int64 [m] >= 0."""
+    def add(self, rows: Tensor, labels: Tensor, distances: Tensor) -> None:
+        """Add this rank's rows.
+
+        Args:
+            rows: [m, dim], entries up to `MAX_ENTRY` in size.
+            labels: int64 [m], in [0, K).
+            distances: [m], squared distance of each to its centroid.
+        """
         for part, own in zip(rows.split(_SUM_CHUNK_ROWS), labels.split(_SUM_CHUNK_ROWS), strict=True):
-            self._sums.index_add_(0, own, part.double().mul_(_FIXED_POINT).round_().long())
-        self._counts.index_add_(0, labels, torch.ones_like(labels))
+            fixed = part.double().mul_(_FIXED_POINT).round_().long()
+            self._table.index_add_(0, own, torch.cat([fixed, torch.ones_like(own).unsqueeze(1)], dim=1))
+        self._table[-1, 0] += distances.double().mul(_FIXED_POINT_DISTANCE).round_().long().sum()
 
-    def total(self) -> tuple[Tensor, Tensor]:
-        """Sums float64 [K, dim] and counts int64 [K] over all ranks. Collective."""
-        return all_reduce_sum_(self._sums).double() / _FIXED_POINT, all_reduce_sum_(self._counts)
+    def total(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums float64 [K, dim], counts int64 [K] and summed squared distance float64 [] of all ranks. Collective."""
+        table = all_reduce_sum_(self._table)
+        return table[:-1, :-1].double() / _FIXED_POINT, table[:-1, -1], table[-1, 0].double() / _FIXED_POINT_DISTANCE
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means float32 [K, dim], zero for a label without rows, and counts int64 [K]. Collective."""
-        sums, counts = self.total()
-        return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `total`, with means float32 [K, dim], zero for a label without rows, instead of sums. Collective."""
+        sums, counts, distance = self.total()
+        return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts, distance
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +162,8 @@ class _SpreadRows:
     def assign_to(self, centroids: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:
         labels, distances = nearest(self._rows, centroids)
         sums = ClusterSums(*centroids.shape, centroids.device)
-        sums.add(self._rows, labels)
-        totals, counts = sums.total()
-        objective = all_reduce_sum_(distances.double().sum().reshape(1))
+        sums.add(self._rows, labels, distances)
+        totals, counts, objective = sums.total()
         # Its caller only counts how often each label occurs, so their order may be any.
         labels = np.repeat(np.arange(len(centroids)), counts.cpu().numpy())
         return labels, objective, totals.float()

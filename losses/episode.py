@@ -194,7 +194,7 @@ def _assign(
             labels[modality, local[part][usable]] = label.cpu().int() + 1
             found.append(label)
         for (source, target), total in zip(tables, sums, strict=True):
-            total.add(rows[source], found[target])
+            total.add(rows[source], found[target], rows[source].new_empty(0))
     labels = all_reduce_sum_(labels.to(device)) - 1
     counts = torch.stack([(entry.long() + 1).bincount(minlength=clusters + 1)[1:] for entry in labels])
     return labels, counts, [total.means()[0] for total in sums], all_reduce_sum_(inertia)

@@ -85,6 +85,8 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
             "warmup_episodes": 1,
             "lit_episodes": 1,
             "clusters": 6,
+            "cluster_iterations": 5,
+            "cluster_restarts": 2,
             "head_dim": 8,
             "head_hidden_dim": 16,
         },

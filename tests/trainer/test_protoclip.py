@@ -297,7 +297,7 @@ def test_cost_is_that_of_the_method():
     assert forward == pytest.approx(whole / 3, rel=0.1)
 
 
-EVERY = {"checkpoint": {"every": 3, "keep_last": 9}}
+EVERY = {"checkpoint": {"every": 6, "keep_last": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +320,8 @@ def test_episodes_of_a_run(uninterrupted):
     assert [len(set(inertia[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1]
     assert len(set(inertia)) == 3
     hashes = state_hashes(run_dir)
-    assert hashes.keys() == {6, 9, 12, 15}
-    assert hashes[9] == hashes[12]
-    assert len(set(hashes.values())) == 3
+    assert hashes.keys() == {6, 12}
+    assert hashes[6] != hashes[12]
     # In the last episode the image tower stands still, to the bit, while the rest goes on.
     before, after = (read_weights(run_dir / "checkpoints" / f"step_{step}") for step in (18, 20))
     for name, value in after.items():
@@ -340,8 +339,8 @@ def test_killed_in_an_episode_and_in_clustering_it_continues_bitwise(uninterrupt
     killed = Launched(arguments, 2, cache, {"die": {"place": "trainer.loop:_train_step", "calls": 8, "rank": 1}}).wait()
     assert killed.codes[1] == -9
     assert "episode 1:" in killed.output
-    # K-Means searches three times 20 times for images, then for texts: in those of the third episode it meets.
-    fault = {"die": {"place": "losses.clustering:nearest", "calls": 2 * 122 + 75, "rank": 1}}
+    # K-Means searches twice 5 times for images, then for texts: in those of the second of two episodes.
+    fault = {"die": {"place": "losses.clustering:nearest", "calls": 20 + 15, "rank": 1}}
     killed = Launched([*arguments, "--resume", "auto"], 2, cache, fault).wait()
     assert killed.codes[1] == -9, killed.output
     # Clusters come from the checkpoint where it is in an episode, and are made anew where it is between two.
