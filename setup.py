@@ -54,6 +54,7 @@ setup(
             "hypothesis",
             "scikit-learn>=1.4",
             "ruff>=0.6",
+            "faiss-cpu>=1.14",
             "onnx>=1.16",
             "onnxscript>=0.5",
             "onnxruntime>=1.18",
@@ -63,6 +64,8 @@ setup(
             # Looks at reports in the Chromium of the machine.
             "playwright>=1.45",
         ],
+        # method.name protoclip. A faiss built for GPUs, where there is one, takes its place.
+        "cluster": ["faiss-cpu>=1.14"],
         # python -m trainer.export --to onnx
         "export": ["onnx>=1.16", "onnxscript>=0.5"],
         # mpich is a whole MPI from PyPI; leave the extra out where the cluster brings mpi4py with its own MPI.

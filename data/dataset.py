@@ -98,6 +98,8 @@ class TrainDataset(_ReadingDataset):
     """Item (step, micro_index) is the collated micro-batch of this rank.
 
     Besides what `collate_views` makes it has sample_hash int64 [m], a fingerprint of each slot and its sample;
+    position int64 [m], the running place of each slot in the order (global batch times its size, plus the slot);
+    sample_index int64 [m], the place of the sample used among those of all sources in listed order;
     view_keys int64 [V, m], a hash of each image view (seed, source, epoch, sample, view) to key random numbers that
     are drawn in the model; and bad_samples, a list of records.
 
@@ -146,6 +148,7 @@ class TrainDataset(_ReadingDataset):
         self._in_context = getattr(transform, "context_size", None) is not None
         self._micro_batch_size = micro_batch_size
         self._first_slot = rank * self.micro_batches_per_step * micro_batch_size
+        self._first_samples = np.cumsum([0, *order.num_samples])
         self._held_batches = held_batches
         self._checked_memory = False
 
@@ -161,6 +164,7 @@ class TrainDataset(_ReadingDataset):
         views: list[Views | None] = [None] * len(plan)
         keys: list[tuple[int | str, ...]] = [()] * len(plan)
         hashes = np.empty(len(plan), dtype=np.int64)
+        sample_index = np.empty(len(plan), dtype=np.int64)
         bad_samples: list[dict[str, str]] = []
         # In the order of the files, so that a micro-batch opens each of its shards once and reads it forwards.
         for row in np.lexsort((plan.sample, plan.source)):
@@ -169,8 +173,11 @@ class TrainDataset(_ReadingDataset):
             name = self._sources[source].name
             keys[row] = (self._order.seed, name, epoch, used)
             hashes[row] = keyed_hash(int(plan.slot[row]), name, used, key) >> 1
+            sample_index[row] = self._first_samples[source] + used
         batch = collate_views(views, masked=self._masked, in_context=self._in_context)
         batch["sample_hash"] = torch.from_numpy(hashes)
+        batch["position"] = torch.from_numpy(step * self._order.global_batch_size + plan.slot)
+        batch["sample_index"] = torch.from_numpy(sample_index)
         batch["view_keys"] = torch.from_numpy(_view_keys(keys, len(batch["images"])))
         self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))
         return {**batch, "bad_samples": bad_samples}

@@ -165,6 +165,36 @@ class ByolHead(nn.Module):
         return self.predictor(self.projector(pooled.to(self.projector[0].weight.dtype)))
 
 
+class PrototypeHead(nn.Module):
+    """Projects features into the space in which they are clustered.
+
+    Args:
+        in_dim: Width of the features.
+        hidden_dim: Width of the hidden layers.
+        out_dim: Width of the projection.
+        hidden_layers: Linear layers with batch norm and ReLU before the last one; 0 leaves one linear layer.
+        batch_norm: "sync" for statistics over all ranks, "local" for those of this rank.
+
+    Raises:
+        ValueError: On another `batch_norm`.
+
+    Source: Chen et al. 2022, "Prototypical Contrastive Language Image Pretraining", whose batch norm is per rank.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 1, *, batch_norm: str = "sync"):
+        super().__init__()
+        sync = check_batch_norm_mode(batch_norm)
+        layers: list[nn.Module] = []
+        for _ in range(hidden_layers):
+            layers += [nn.Linear(in_dim, hidden_dim), BatchNorm(hidden_dim, sync=sync), nn.ReLU()]
+            in_dim = hidden_dim
+        self.layers = nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps [n, in_dim] features before their normalisation to [n, out_dim], not normalised."""
+        return self.layers(features.to(self.layers[0].weight.dtype))
+
+
 class MlmHead(nn.Module):
     """Predicts masked tokens from text states with one linear layer, not tied to the token table.
 

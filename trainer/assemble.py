@@ -79,6 +79,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     if arguments.dry_run:
         with torch.device("meta"):
             method = build_method(config, tokenizer)
+            method.begin_run(config.train, None)
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
@@ -100,6 +101,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
     method = together(lambda: build_method(config, tokenizer))
+    num_samples = sum(source.num_samples for source in sources)
+    together(lambda: method.begin_run(config.train, num_samples))
     if checkpoint is None:
         # The engine gives every rank the parameters of rank 0, which alone needs the files.
         for line in on_main(lambda: load_pretrained(config.model, method.model)):
@@ -112,8 +115,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     saved = None if checkpoint is None else load_checkpoint(engine, checkpoint, place.rank, place.world_size)
     start_step, offset = (saved.step, saved.data_offset) if saved else (0, 0)
 
-    def open_data(step: int, offset: int) -> TrainData:
-        return TrainData(config, method, tokenizer, sources, plan, place, device, step, offset)
+    def open_data(step: int, offset: int, preview: bool = False) -> TrainData:
+        return TrainData(config, method, tokenizer, sources, plan, place, device, step, offset, preview)
 
     def open_metrics(step: int) -> MetricsWriter | None:
         return MetricsWriter(run_dir, config.logging, step) if place.is_main else None
@@ -240,7 +243,7 @@ def _continue_from(
             )
     engine.method.load_method_state(saved.method_state)
     if engine.method.state_digest() != saved.method_digest:
-        console.warn(f"the queue of {checkpoint.name} was adapted to this configuration")
+        console.warn(f"the method's state in {checkpoint.name} was adapted to this configuration")
     state.bad_samples, state.data_offset = saved.bad_samples, saved.data_offset
 
 

@@ -4,7 +4,7 @@ import datetime
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,7 +108,7 @@ class Engine:
         self.offload = resolved.offload_optimizer
         self.clip = config.optimizer.gradient_clipping
         self.ema_decay = config.train.ema_decay
-        groups = parameter_groups(method, config.optimizer.weight_decay)
+        groups = parameter_groups(method, config.optimizer.weight_decay, method.training_rules())
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         self.parameter_names = [[names[id(p)] for p in group["params"]] for group in groups]
         self.parameter_shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
@@ -166,10 +166,10 @@ class Engine:
             return self.deepspeed.torch_autocast_z0_gradscaler
         return self.optimizer.torch_autocast_gradscaler
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Set every group's rate for the next step."""
+    def set_learning_rate(self, rate: Callable[[int | None], float]) -> None:
+        """Set every group's rate for the next step: `rate` of its `last_step` (see `TrainingRule`)."""
         for group in self.base_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = rate(group["last_step"])
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Take the optimizer step unless a gradient is not finite; every rank decides the same. Collective.

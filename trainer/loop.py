@@ -1,5 +1,6 @@
 """The training loop: next batch, forward, backward, step; log, evaluate, save, stop."""
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from trainer.ema import averaged_weights, update_average
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import STOPPED_EARLY, Preemption
+from trainer.preview import look_ahead
 from trainer.recovery import roll_back
 from trainer.replicas import average_local_statistics, verify_replicas
 from trainer.reporting import judge_steps, log_step, rate, report_pending_bad_samples
@@ -41,6 +43,7 @@ def train(run: Run) -> None:
         batches = run.data.steps()
         while run.state.step < last and not stopped:
             step = run.state.step + 1
+            look_ahead(run, step)
             terms, grad_norm, micro_batches = _train_step(run, step, batches)
             run.state.step = step
             if step % config.train.log_every == 0 or step == last:
@@ -85,7 +88,7 @@ def _train_step(
     enter(step, "backward")
     engine.backward(terms["loss"])
     enter(step, "step")
-    engine.set_learning_rate(rate(config, step))
+    engine.set_learning_rate(functools.partial(rate, config, step))
     skipped, grad_norm = engine.step()
     engine.project(engine.method.bounded_parameters())
     update_average(engine)
@@ -171,8 +174,8 @@ def _agreed_digest(run: Run) -> str:
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise ConfigError(
-            f"step {run.state.step}: the queue of rank {differing[0]} is not that of rank 0; nothing was saved, "
-            "continue from the last checkpoint with --resume auto and check that node's memory"
+            f"step {run.state.step}: the method's state on rank {differing[0]} is not that of rank 0; nothing was "
+            "saved, continue from the last checkpoint with --resume auto and check that node's memory"
         )
     return digests[0]
 

@@ -1,31 +1,40 @@
 """Parameter groups and the optimizer kernel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from models.batch_norm import BatchNorm
 from trainer.config import OptimizerConfig
 from trainer.errors import ConfigError
+from trainer.methods.base import TrainingRule
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, BatchNorm)
+_NO_RULE = TrainingRule("")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(module: nn.Module, weight_decay: float, rules: Sequence[TrainingRule] = ()) -> list[dict]:
     """Two groups: decayed weights, and everything that must not decay (norms, biases, temperatures).
 
     Positional and class embeddings and the token table decay, as in DeCLIP's recipes. Temperatures share the second
-    group because a group of one element cannot be partitioned over ranks.
+    group because a group of one element cannot be partitioned over ranks. Modules whose rule has a `last_step`, which
+    their groups carry, have two more.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for owner in module.modules():
+    groups: dict[tuple[int | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
+    for path, owner in module.named_modules():
+        rule = next((rule for rule in rules if f"{path}.".startswith(f"{rule.module}.")), _NO_RULE)
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             exempt = isinstance(owner, _NORMS) or name.endswith("bias") or parameter.numel() == 1
-            (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decays = rule.weight_decay and not exempt
+            groups.setdefault((rule.last_step, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "last_step": last_step}
+        for (last_step, decays), parameters in groups.items()
+        if parameters
+    ]
 
 
 def kernel_name(config: OptimizerConfig, offload: bool) -> str:

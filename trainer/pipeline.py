@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data.cache import cache_dir
 from data.errors import DataError
 from data.index import IndexedSource, IndexStore, index_shards, load_sources
 from data.loader import TrainLoader, build_train_loader
-from data.sample import SampleTransform
+from data.sample import SampleTransform, SampleViews
 from data.sources import parse_sources
 from data.tokenizer import CaptionTokenizer, ClipTokenizer
 from models.hf_backbone import BUILTIN_PREFIX
@@ -92,12 +93,27 @@ def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
         raise ConfigError(f"data.augmentation.{role}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _DrawnAnew:
+    """A transform with other random numbers: views of the same samples that are not those of training."""
+
+    transform: SampleTransform
+
+    @property
+    def text_views(self) -> tuple[str, ...]:
+        return self.transform.text_views
+
+    def __call__(self, image_bytes: bytes, captions: list[str], key: tuple[int | str, ...]) -> SampleViews:
+        return self.transform(image_bytes, captions, (*key, "preview"))
+
+
 class TrainData:
     """The training data of a run on this rank.
 
     Args:
         start_step: Steps that are done.
         offset: How many global batches rollbacks have left out: step n trains on batch n + offset of the order.
+        preview: Draw the views of each sample anew, for a look at samples before they are trained on.
 
     Attributes:
         loader: Yields this rank's micro-batches from the start step.
@@ -114,6 +130,7 @@ class TrainData:
         device: torch.device,
         start_step: int,
         offset: int = 0,
+        preview: bool = False,
     ) -> None:
         self._accumulation_steps = plan.accumulation_steps
         self._offset = offset
@@ -131,7 +148,7 @@ class TrainData:
         )
         self.loader: TrainLoader = build_train_loader(
             sources,
-            transform,
+            _DrawnAnew(transform) if preview else transform,
             store=index_store(config),
             seed=config.train.seed,
             global_batch_size=plan.global_batch_size,

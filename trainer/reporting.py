@@ -21,15 +21,17 @@ from trainer.state import Run
 _HASH_MODULUS = 1 << 48
 
 
-def rate(config: RunConfig, step: int) -> float:
-    """The learning rate of a step."""
+def rate(config: RunConfig, step: int, last_step: int | None = None) -> float:
+    """The learning rate of a step, for parameters that are trained up to `last_step` (None: to the end)."""
+    if last_step is not None and step > last_step:
+        return 0.0
     return learning_rate(
         step,
         peak_lr=config.optimizer.lr,
         start_lr=config.schedule.start_lr,
         end_lr=config.schedule.end_lr,
         warmup_steps=config.schedule.warmup_steps,
-        steps=config.train.steps,
+        steps=last_step or config.train.steps,
     )
 
 

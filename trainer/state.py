@@ -1,9 +1,10 @@
 """What a run is made of while it runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
@@ -40,11 +41,21 @@ class Window:
 
 
 @dataclass
+class Ahead:
+    """Data that is read for previews: `batches` goes on at global batch `next_batch` of the order."""
+
+    data: TrainData
+    batches: Iterator[list[dict[str, Any]]]
+    next_batch: int
+
+
+@dataclass
 class Run:
     """Everything the loop works on, assembled by `trainer.assemble`.
 
     Attributes:
-        open_data: (start step, data offset) -> the training data from there on.
+        open_data: (start step, data offset, whether for a preview) -> the training data from there on.
+        ahead: Where previews read, once there was one.
         open_metrics: Start step -> the writer, on rank 0; None elsewhere.
     """
 
@@ -53,7 +64,7 @@ class Run:
     plan: BatchPlan
     run_dir: Path
     engine: Engine
-    open_data: Callable[[int, int], TrainData]
+    open_data: Callable[..., TrainData]
     data: TrainData
     evaluation: Evaluation
     console: Console
@@ -65,10 +76,13 @@ class Run:
     lock: FileLock | None
     last_saved: int
     window: Window = field(default_factory=Window)
+    ahead: Ahead | None = None
 
     def close(self) -> None:
         """Stop the loader's workers and close the files. The last line says where everything is."""
         self.data.close()
+        if self.ahead is not None:
+            self.ahead.data.close()
         if self.metrics:
             self.metrics.close()
         if self.lock is not None:

@@ -1,7 +1,10 @@
 """`trainer/run.py` with faults: `faulty_run.py FAULTS ARGUMENTS...`, FAULTS a JSON object of the functions below."""
 
+import importlib
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +52,20 @@ def fail(phase: str, step: int, rank: int, hang: bool = False) -> None:
             raise OSError(f"rank {rank} broke in {phase}")
 
     trainer.watchdog.Watchdog.enter = enter
+
+
+def die(place: str, calls: int, rank: int) -> None:
+    """End one rank by SIGKILL when it calls a function, `module:name`, for so many times."""
+    module, name = place.split(":")
+    module = importlib.import_module(module)
+    original, counted = getattr(module, name), itertools.count(1)
+
+    def called(*args, **kwargs):
+        if next(counted) == calls and rank == RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, called)
 
 
 def corrupt(step: int, rank: int) -> None:

@@ -84,6 +84,17 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
         "siglip": {"name": "siglip"},
         "align": {"name": "align", "logit_scale_init": 5.0},
         "filip": {"name": "filip", "filip_dim": 32, "filip_topk": 4, "w_clip": 0.5},
+        "protoclip": {
+            "name": "protoclip",
+            "episode_steps": 4,
+            "warmup_episodes": 1,
+            "lit_episodes": 1,
+            "clusters": 6,
+            "cluster_iterations": 5,
+            "cluster_restarts": 2,
+            "head_dim": 8,
+            "head_hidden_dim": 16,
+        },
     }
     methods["defilip"] = {**methods["declip"], **methods["filip"], "name": "defilip"}
     recipe = {
@@ -194,8 +205,9 @@ def steps(run_dir: Path) -> dict[int, dict]:
 
 
 def state_hashes(run_dir: Path) -> dict[int, str]:
-    """Hash of the queue in each checkpoint on record, by step."""
-    return {record["step"]: record["state_hash"] for record in metrics(run_dir) if record.get("event") == "checkpoint"}
+    """Hash of the method's state in each checkpoint on record that has some, by step."""
+    saved = (record for record in metrics(run_dir) if record.get("event") == "checkpoint")
+    return {record["step"]: record["state_hash"] for record in saved if "state_hash" in record}
 
 
 def ds_config(stage: int) -> str:

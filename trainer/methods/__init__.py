@@ -12,6 +12,7 @@ from trainer.methods.clip import ClipMethod
 from trainer.methods.declip import DeclipMethod
 from trainer.methods.defilip import DefilipMethod
 from trainer.methods.filip import FilipMethod
+from trainer.methods.protoclip import ProtoclipMethod
 from trainer.methods.siglip import SiglipMethod
 from trainer.methods.slip import SlipMethod
 
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "declip": DeclipMethod,
     "defilip": DefilipMethod,
     "filip": FilipMethod,
+    "protoclip": ProtoclipMethod,
     "siglip": SiglipMethod,
     "slip": SlipMethod,
 }

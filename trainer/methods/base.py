@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losses import normalize
 from models.clip import ClipModel
-from trainer.config import Section
+from trainer.config import Section, TrainConfig
 from trainer.gradient_cache import encode_micro_batches
 
 
@@ -19,6 +19,22 @@ class MethodSettings(Section):
 
     logit_scale_min: float = 0.0
     logit_scale_max: float = Field(math.log(100.0), le=math.log(300.0))
+
+
+@dataclass(frozen=True)
+class TrainingRule:
+    """How the parameters below a module are trained, where not like the others.
+
+    Attributes:
+        module: Its name in the method, e.g. `model.image_tower`.
+        weight_decay: Whether its weights decay.
+        last_step: The step at which its learning rate has come down to `schedule.end_lr`, and after which it is 0;
+            None: as the rest, at `train.steps`.
+    """
+
+    module: str
+    weight_decay: bool = True
+    last_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,9 @@ class Method(nn.Module):
         """Run one phase inside the engine.
 
         Args:
-            phase: `train`, or for evaluation `image` or `text`.
-            inputs: `micro_batches` for `train`; `images`, or `token_ids` and `text_lengths`, for evaluation.
+            phase: `train`, `preview`, or for evaluation `image` or `text`.
+            inputs: `micro_batches` for `train`; a micro-batch for `preview`; `images`, or `token_ids` and
+                `text_lengths`, for evaluation.
 
         Returns:
             Named tensors; for `train` the differentiable `loss` and detached `loss/<term>` scalars, each this rank's
@@ -76,7 +93,7 @@ class Method(nn.Module):
         if phase == "train":
             micro_batches = [self.prepare(batch) for batch in inputs["micro_batches"]]
             return self.objective(encode_micro_batches(self.encode, micro_batches, self.feature_dims))
-        return {"image": self.embed_image, "text": self.embed_text}[phase](inputs)
+        return {"image": self.embed_image, "text": self.embed_text, "preview": self.preview}[phase](inputs)
 
     def before_step(self, step: int, steps: int) -> None:
         """What precedes step `step` of `steps`, counted from 1 (a schedule, a teacher). Once per step on every rank."""
@@ -100,6 +117,46 @@ class Method(nn.Module):
 
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named terms of the whole local share of the global batch."""
+        raise NotImplementedError
+
+    def begin_run(self, train: TrainConfig, num_samples: int | None) -> None:
+        """Told once, before the engine is built; for training only. Must not contain a collective.
+
+        Args:
+            train: The recipe's `train` section.
+            num_samples: Samples of all sources; None in a dry run, which has not opened them.
+
+        Raises:
+            ConfigError: Settings that cannot work in such a run, or something missing that they need.
+        """
+
+    def training_rules(self) -> list[TrainingRule]:
+        """Exceptions to weight decay and schedule."""
+        return []
+
+    def begin_step(self, step: int, batch: int) -> range | None:
+        """What precedes a step. Called on every rank, with the same numbers.
+
+        Args:
+            step: The step, from 1.
+            batch: The global batch of the data order that it trains on, from 0.
+
+        Returns:
+            Global batches to be seen first, or None. Each rank then runs its own samples of them, with views of their
+            own, through `preview` in evaluation mode and hands the results to `collect`; `end_preview` follows.
+        """
+        return None
+
+    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a preview keeps of one micro-batch."""
+        raise NotImplementedError
+
+    def collect(self, features: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        """Take what `preview` returned for a micro-batch."""
+        raise NotImplementedError
+
+    def end_preview(self) -> str:
+        """Make use of what was collected; a line for the log. Collective."""
         raise NotImplementedError
 
     def after_step(self) -> None:
