@@ -34,7 +34,6 @@ _STAND_INS = [
     for name in (
         "runtime.fp16.loss_scaler.LossScaler",
         "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum",
         "utils.tensor_fragment.fragment_address",
     )
 ]

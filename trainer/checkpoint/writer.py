@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class FolderWriter:
             with Path(path).open("wb", buffering=0) as stream:
                 sink = _HashingSink(stream, self._pool)
                 with _without_crc():
-                    torch.save(state_dict, sink)
+                    torch.save(_plain(state_dict), sink)
                 if sink.error is None:
                     os.fsync(stream.fileno())
         except OSError as error:
@@ -63,6 +64,19 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
     reason = hints.get(error.errno, error.strerror or str(error))
     where = path or error.filename
     return f"{where}: {reason}" if where else reason
+
+
+def _plain(value: Any) -> Any:
+    """Containers with the values of enumerations for their members: Python before 3.11.4 pickles these by `getattr`,
+    which no reader may be asked to call.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
 
 
 class _HashingSink:
