@@ -34,7 +34,7 @@ def write_method(files: dict[str, str], root: Path) -> None:
     (root / REGISTRY).write_text(registry)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 def test_the_guide_adds_a_method(tmp_path):
     files = blocks()
     commands = files.pop("")

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import NearestNeighborQueue, contrastive_terms, masked_lm_loss, normalize, simsiam_loss
+from losses import (
+    NearestNeighborQueue,
+    contrastive_terms,
+    masked_lm_loss,
+    normalize,
+    sigmoid_loss,
+    simclr_loss,
+    simsiam_loss,
+    smoothing_sums,
+    smoothing_term,
+)
 
 _WAITING = {
     "_local_scalar_dense",
@@ -75,6 +85,13 @@ def step(device: str, options: dict[str, Any], plant: Callable[[Tensor], Any] | 
         )
         tss = masked_lm_loss(token_logits, targets, terms.extra_sums[0])
         loss = terms.clip.sum() + terms.nns.sum() + simsiam_loss(images, images * 0.5) + tss
+        pair = normalize(images[0]), normalize(texts[0]), log_scale.exp()
+        loss = (
+            loss
+            + simclr_loss(images)
+            + sigmoid_loss(*pair, -log_scale)
+            + smoothing_term(*pair, smoothing_sums(*pair[:2]))
+        )
         loss.backward()
         queue.enqueue(terms.gathered_text)
         assert queue.ready

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
-from tests.trainer.harness import ds_config, metrics, run_trainer, steps, write_recipe
+from tests.trainer.harness import ds_config, run_trainer, steps, write_recipe
 from tests.trainer.test_gradients import TOLERANCE, gradients_on_rank, micro_batch, worst_error
 from trainer.assemble import build_method
 from trainer.config import parse_config
@@ -52,7 +52,7 @@ def reference():
     return run_distributed(all_gradients, 1, timeout_s=300)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_gradient_equals_one_rank(world_size, reference):
     results = run_distributed(all_gradients, world_size, timeout_s=500)[0]
@@ -72,24 +72,23 @@ def test_every_gradient_equals_one_rank(world_size, reference):
 @pytest.mark.parametrize(
     ("method", "model", "terms"),
     [
-        ("slip", {"name": "rn_nano_32"}, {"loss/clip", "loss/simclr", "simclr/std"}),
-        ("siglip", {"name": "vit_nano_p8_32"}, {"loss/sigmoid", "logit_bias"}),
+        ("slip", {"name": "rn_pico_32"}, {"loss/clip", "loss/simclr", "simclr/std"}),
+        ("siglip", {"name": "vit_pico_p8_32"}, {"loss/sigmoid", "logit_bias"}),
         ("align", EFFICIENTNET, {"loss/align", "loss/clip"}),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_whole_one(method, model, terms, shards, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, method, model=model, train={"steps": 12})
-    arguments = ["--recipe", str(recipe), "--ds_config", ds_config(2), "--run_dir"]
+    arguments = ["--recipe", str(recipe), "--ds_config", ds_config(2), "--checkpoint.every", "5", "--run_dir"]
     run_trainer([*arguments, str(tmp_path / "whole")], cache)
     whole = steps(tmp_path / "whole")
     assert len(whole) == 12
     assert whole[1].keys() >= terms | {"loss", "logit_scale"}
     assert whole[12]["loss"] < whole[1]["loss"]
-    run_trainer([*arguments, str(tmp_path / "stopped"), "--train.stop_after", "5"], cache)
-    run_trainer([*arguments, str(tmp_path / "stopped"), "--resume", "auto"], cache)
-    assert [record["step"] for record in metrics(tmp_path / "stopped") if record.get("event") == "resumed"] == [5]
-    assert steps(tmp_path / "stopped") == whole
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_5"
+    run_trainer([*arguments, str(tmp_path / "resumed"), "--resume", str(checkpoint)], cache)
+    assert steps(tmp_path / "resumed") == {step: whole[step] for step in range(6, 13)}
 
 
 def build(method: dict, **model):
@@ -143,6 +142,7 @@ def test_a_weight_of_zero_leaves_out_views_and_head():
     whole, plain = build(SLIP), build({**SLIP, "w_simclr": 0.0})
     assert (whole.image_views, plain.image_views) == (("base", "augmented", "augmented"), ("base",))
     assert not any(name.startswith("simclr") for name, _ in plain.named_parameters())
+    assert (whole.exchanged_per_sample(), plain.exchanged_per_sample()) == ((128 + 2 * 16, 128), (128, 128))
     batch = micro_batch(0, 8, 3, 1)
     terms = whole("train", {"micro_batches": [batch]})
     assert terms["loss"].item() == pytest.approx(float(terms["loss/clip"] + terms["loss/simclr"]))

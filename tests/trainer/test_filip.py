@@ -33,24 +33,31 @@ CASES = {
 }
 
 
+def gradients_of_all(rank: int, world_size: int, cases: list[tuple[int, int, None]]) -> dict[str, list[dict]]:
+    """As `gradients_on_rank`, for every case here."""
+    return {name: gradients_on_rank(rank, world_size, cases, {"method": settings}) for name, settings in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One rank, ZeRO 0, whole batch at once."""
+    return run_distributed(gradients_of_all, 1, [(0, 1, None)], timeout_s=500)[0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_every_gradient_equals_one_rank(settings):
-    reference = run_distributed(gradients_on_rank, 1, [(0, 1, None)], {"method": settings})[0][0]
-    some = {1: [(2, 8)], 2: [(0, 1), (3, 4)], 4: [(1, 2), (3, 1)]}
-    for world_size, cases in some.items():
-        results = run_distributed(
-            gradients_on_rank, world_size, [(*case, None) for case in cases], {"method": settings}
-        )[0]
-        for case, result in zip(cases, results, strict=True):
-            assert math.isclose(result["loss"], reference["loss"], rel_tol=1e-6), case
+@pytest.mark.parametrize(("world_size", "cases"), [(1, [(2, 8)]), (2, [(0, 1), (3, 4)]), (4, [(1, 2)])])
+def test_every_gradient_equals_one_rank(world_size, cases, whole):
+    found = run_distributed(gradients_of_all, world_size, [(*case, None) for case in cases], timeout_s=500)[0]
+    for name, (reference,) in whole.items():
+        for case, result in zip(cases, found[name], strict=True):
+            assert math.isclose(result["loss"], reference["loss"], rel_tol=1e-6), (name, case)
             assert result["gradients"].keys() == reference["gradients"].keys()
-            error, name = worst_error(result["gradients"], reference["gradients"])
-            assert error < TOLERANCE, (world_size, case, name)
-    names = reference["gradients"].keys()
-    assert "alignment.logit_scale.log_value" in names
-    # Without a global term nothing that only it would need is trained.
-    assert ("model.image_tower.proj.weight" in names) == (settings != FILIP and "filip_select" not in settings)
+            error, where = worst_error(result["gradients"], reference["gradients"])
+            assert error < TOLERANCE, (name, case, where)
+        names = reference["gradients"].keys()
+        assert "alignment.logit_scale.log_value" in names
+        # Without a global term nothing that only it would need is trained.
+        assert ("model.image_tower.proj.weight" in names) == (name not in ("filip", "local_max"))
 
 
 @pytest.fixture(scope="module", params=["filip", "defilip"])
@@ -82,8 +89,8 @@ def test_two_ranks_and_micro_batches_log_what_one_rank_logs(uninterrupted, cache
     record = steps(reference)[20]
     expected = {"loss/filip", "loss/clip", "logit_scale", "logit_scale_dense"}
     assert record.keys() >= expected
-    weight = {"filip": 1.0, "defilip": 1.0}[name]
-    assert weight * record["loss/filip"] < record["loss"] * (1.01 if name == "filip" else 99)
+    if name == "filip":
+        assert record["loss"] == pytest.approx(record["loss/filip"] + 0.5 * record["loss/clip"], rel=1e-5)
 
 
 def figures_on_rank(rank, world_size, run, filip_eval):
@@ -180,7 +187,7 @@ def test_a_step_reads_nothing_on_the_host():
     assert run_distributed(reads_of_a_step, 2, 1, timeout_s=300) == [[], []]
 
 
-def step_flops(name: str, **settings) -> int:
+def step_flops(name: str, **settings: int) -> int:
     """Forward and backward of a method around ViT-B/32, on tensors without values."""
     _, settings = parse_method({"name": name, **settings})
     batch = make_batch(8, 224, views=1 if name in ("clip", "filip") else 2)
