@@ -34,6 +34,7 @@ def commands() -> str:
 
 
 @pytest.mark.slow(seconds=100)
+@pytest.mark.timeout(1200)
 def test_the_guide_runs_as_printed(tmp_path):
     for name in ("trainer", "models", "losses", "data", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,7 +52,7 @@ def test_the_guide_runs_as_printed(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1100,
         check=False,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
