@@ -5,6 +5,11 @@ from torch import Tensor, nn
 from models.batch_norm import BatchNorm, check_batch_norm_mode
 
 
+def _check_views(features: Tensor) -> None:
+    if features.ndim != 3:
+        raise ValueError(f"features have shape {tuple(features.shape)}; expected [V, n, in_dim], views first")
+
+
 class SimSiamHead(nn.Module):
     """Projector and predictor of SimSiam on image features.
 
@@ -62,8 +67,7 @@ class SimSiamHead(nn.Module):
         Raises:
             ValueError: If `features` is not three-dimensional.
         """
-        if features.ndim != 3:
-            raise ValueError(f"features have shape {tuple(features.shape)}; expected [V, n, in_dim], views first")
+        _check_views(features)
         projections = self.projector(features.to(self.projector[0].weight.dtype))
         return projections, self.predictor(projections)
 
@@ -102,8 +106,7 @@ class SimClrHead(nn.Module):
         Raises:
             ValueError: If `pooled` is not three-dimensional.
         """
-        if pooled.ndim != 3:
-            raise ValueError(f"features have shape {tuple(pooled.shape)}; expected [V, n, in_dim], views first")
+        _check_views(pooled)
         return self.projector(pooled.to(self.projector[0].weight.dtype))
 
 
@@ -160,8 +163,7 @@ class ByolHead(nn.Module):
         Raises:
             ValueError: If `pooled` is not three-dimensional.
         """
-        if pooled.ndim != 3:
-            raise ValueError(f"features have shape {tuple(pooled.shape)}; expected [V, n, in_dim], views first")
+        _check_views(pooled)
         return self.predictor(self.projector(pooled.to(self.projector[0].weight.dtype)))
 
 

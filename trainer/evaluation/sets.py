@@ -53,7 +53,7 @@ class EvalData:
 
     def num_samples(self, samples: Samples) -> int:
         """How many of these samples are used."""
-        total = samples.num_samples if isinstance(samples, ImageFolder) else sum(part.num_samples for part in samples)
+        total = _total(samples)
         return min(total, self.max_samples or total)
 
 
@@ -80,7 +80,7 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
                 "layout); add it, set class_names, or set tasks: [retrieval]"
             )
     if "retrieval" in config.tasks:
-        samples = test.num_samples if isinstance(test, ImageFolder) else sum(source.num_samples for source in test)
+        samples = _total(test)
         without = samples if isinstance(test, ImageFolder) else sum(source.num_uncaptioned for source in test)
         if without:
             raise ConfigError(
@@ -92,6 +92,10 @@ def open_eval_set(name: str, config: EvalSet, cache: Path, store: IndexStore) ->
     templates = _templates(name, config, folder)
     probe = (config.probe_group, config.probe)
     return EvalData(name, test, train, tuple(config.tasks), class_names, templates, *probe, config.max_samples)
+
+
+def _total(samples: Samples) -> int:
+    return samples.num_samples if isinstance(samples, ImageFolder) else sum(part.num_samples for part in samples)
 
 
 def _open(name: str, place: str | Path, folder: Path | None, cache: Path, store: IndexStore) -> Samples:

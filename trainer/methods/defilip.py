@@ -10,7 +10,7 @@ from models.clip import ClipModel
 from models.text import caption_rows
 from trainer.methods.base import BoundedParameter, MethodSettings
 from trainer.methods.declip import DeclipMethod, DeclipSettings
-from trainer.methods.filip import TokenAlignment, TokenSettings
+from trainer.methods.filip import ComparesTokens, TokenAlignment, TokenSettings
 
 
 class DefilipSettings(TokenSettings, DeclipSettings):
@@ -20,7 +20,7 @@ class DefilipSettings(TokenSettings, DeclipSettings):
     filip_eval: Literal["tokens", "global"] = "global"
 
 
-class DefilipMethod(DeclipMethod):
+class DefilipMethod(ComparesTokens, DeclipMethod):
     """DeCLIP's terms, and FILIP's on the first image view and the original caption (masked, where that is shared).
 
     Source: Cui et al., "Democratizing Contrastive Language-Image Pre-training: A CLIP Benchmark of Data, Model, and
@@ -69,15 +69,3 @@ class DefilipMethod(DeclipMethod):
         keys = self.alignment.exchanged_per_sample(self.model)
         gathered, reduced = super().exchanged_per_sample()
         return gathered + keys, reduced + keys
-
-    def embed_image(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Global embeddings, or tokens, of uint8 images [n, 3, H, W]."""
-        if self.settings.filip_eval == "global":
-            return super().embed_image(inputs)
-        return self.alignment.embed_image(self.model, self.pixels(inputs["images"]))
-
-    def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Global embeddings, or tokens, of token_ids [n, T] with text_lengths [n]."""
-        if self.settings.filip_eval == "global":
-            return super().embed_text(inputs)
-        return self.alignment.embed_text(self.model, inputs["token_ids"], inputs["text_lengths"])

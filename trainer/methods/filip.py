@@ -138,7 +138,26 @@ class TokenAlignment(nn.Module):
         return {"embeddings": padded.unflatten(0, token_ids.shape)}
 
 
-class FilipMethod(Method):
+class ComparesTokens(Method):
+    """What evaluation compares in a method that has a `TokenAlignment`: its tokens, or the global features."""
+
+    settings: TokenSettings
+    alignment: TokenAlignment
+
+    def embed_image(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens or global embeddings, by `filip_eval`, of uint8 images [n, 3, H, W]."""
+        if self.settings.filip_eval == "global":
+            return super().embed_image(inputs)
+        return self.alignment.embed_image(self.model, self.pixels(inputs["images"]))
+
+    def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens or global embeddings, by `filip_eval`, of token_ids [n, T] with text_lengths [n]."""
+        if self.settings.filip_eval == "global":
+            return super().embed_text(inputs)
+        return self.alignment.embed_text(self.model, inputs["token_ids"], inputs["text_lengths"])
+
+
+class FilipMethod(ComparesTokens):
     """One image view, one caption, one token-wise term over the global batch; a global CLIP term on request.
 
     Source: Yao et al., "FILIP: Fine-grained Interactive Language-Image Pre-Training", ICLR 2022. Sizes and selection
@@ -216,15 +235,3 @@ class FilipMethod(Method):
         keys = self.alignment.exchanged_per_sample(self.model)
         gathered, reduced = super().exchanged_per_sample() if self.has_global_embeddings else (0, 0)
         return gathered + keys, reduced + keys
-
-    def embed_image(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens, or global embeddings, of uint8 images [n, 3, H, W]."""
-        if self.settings.filip_eval == "global":
-            return super().embed_image(inputs)
-        return self.alignment.embed_image(self.model, self.pixels(inputs["images"]))
-
-    def embed_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens, or global embeddings, of token_ids [n, T] with text_lengths [n]."""
-        if self.settings.filip_eval == "global":
-            return super().embed_text(inputs)
-        return self.alignment.embed_text(self.model, inputs["token_ids"], inputs["text_lengths"])

@@ -178,12 +178,7 @@ class ProtoclipMethod(Method):
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """image_features and text_features, each [1, m, embed_dim], not normalised; position int64 [m]."""
-        text = self.model.encode_text(batch["token_ids"][0], batch["text_lengths"][0])
-        return {
-            "image_features": self.model.encode_image_views(self.pixels(batch["images"]), batch.get("view_keys")),
-            "text_features": text.features.unsqueeze(0),
-            "position": batch["position"],
-        }
+        return {**super().encode(batch), "position": batch["position"]}
 
     def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows to be clustered, each [m, head_dim], unit norm."""

@@ -1,5 +1,6 @@
 """Curves over samples as SVG, all runs in each picture."""
 
+import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,16 +54,13 @@ def evaluation_curves(histories: list[History]) -> list[Picture]:
     for name in names:
         for figure, title in figures.items():
             if any(history.evaluations(name, figure)[0] for history in histories):
-                pictures.append(_share(f"{name}: {title}", histories, lambda h, n=name, f=figure: h.evaluations(n, f)))
+                series = functools.partial(History.evaluations, set_name=name, figure=figure)
+                pictures.append(_plot(f"{name}: {title}", histories, series, marker="o", is_share=True))
     return pictures
 
 
 def _logged(histories: list[History], key: str) -> Picture:
     return _plot(key, histories, lambda history: history.series(key))
-
-
-def _share(title: str, histories: list[History], series: Series) -> Picture:
-    return _plot(title, histories, series, marker="o", is_share=True)
 
 
 def _waiting(history: History) -> tuple[list[float], list[float]]:
