@@ -62,8 +62,21 @@ def _export(launcher: str, rank: int, local_rank: int, world_size: int, local_wo
         if name not in os.environ:
             raise ConfigError(f"{name} is not set although WORLD_SIZE is {world_size}; start through a launcher")
     place = Place(rank, local_rank, world_size, min(local_world_size, world_size), launcher)
+    if launcher == "deepspeed" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _settle_port(place)
     _choose_gloo_interface(place)
     return place
+
+
+def _settle_port(place: Place) -> None:
+    """`deepspeed` says port 29500 to every run: a lone rank meets nobody there, others need one that is free."""
+    if place.world_size == 1:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    elif place.is_main and not _is_free(_integer("MASTER_PORT")):
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} is taken on this node, perhaps by another run; give this one a port of "
+            "its own: deepspeed --master_port 29501 trainer/run.py ..."
+        )
 
 
 def _from_mpi() -> Place:
@@ -118,16 +131,11 @@ def _scontrol(*arguments: str) -> str:
 def _port_of_job() -> int:
     """Every rank derives the same port without talking; jobs that share a node, and steps of a job, get others."""
     port = _FIRST_PORT + (_integer("SLURM_JOB_ID", 0) + 101 * _integer("SLURM_STEP_ID", 0)) % _PORTS
-    if _integer("SLURM_PROCID") == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                raise ConfigError(
-                    f"port {port}, derived from the SLURM job, is taken on this node; export MASTER_PORT with a free "
-                    "one, or start through slurm/launch.sh, which looks for one"
-                ) from None
+    if _integer("SLURM_PROCID") == 0 and not _is_free(port):
+        raise ConfigError(
+            f"port {port}, derived from the SLURM job, is taken on this node; export MASTER_PORT with a free one, or "
+            "start through slurm/launch.sh, which looks for one"
+        )
     return port
 
 
@@ -203,6 +211,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _integer(name: str, default: int | None = None) -> int:

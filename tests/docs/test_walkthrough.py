@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.harness import ROOT, metrics
+from tests.trainer.harness import ROOT, free_port, metrics
 
 STEPS = 120
 # The two programs that the guide gives environments of their own: what runs instead of them.
@@ -27,10 +26,7 @@ def commands() -> str:
     script = "".join(re.findall(r"^```bash[^\n]*\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
     kept = [line for line in script.splitlines() if not re.match(r"python -m venv|\S+/pip install", line)]
     assert len(kept) == len(script.splitlines()) - 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return "set -e\n" + "\n".join(kept).replace("8642", str(port)) + "\n"
+    return "set -e\n" + "\n".join(kept).replace("8642", str(free_port())) + "\n"
 
 
 @pytest.mark.slow(seconds=100)

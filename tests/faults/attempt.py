@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.faults import processes, records
-from tests.trainer.harness import ROOT
+from tests.trainer.harness import BIN
 
-SCRIPT = str(ROOT / "trainer" / "run.py")
-_BIN = Path(sys.executable).parent
 # Imports, the process group, the data and the checkpoint; minutes on a machine that is busy with other things.
 START_LIMIT_S = 600.0
 # `deepspeed` dies of a SIGTERM at once, and its ranks save after it.
@@ -30,22 +26,6 @@ _LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-
-
-def command_of(launcher: str, world_size: int) -> list[str]:
-    """How a launcher starts the trainer."""
-    if launcher == "deepspeed":
-        options = ["--num_accelerators", str(world_size), "--master_port", str(_free_port())]
-        return [str(_BIN / "deepspeed"), *options, SCRIPT]
-    if launcher == "torchrun":
-        return [str(_BIN / "torchrun"), "--standalone", "--nproc_per_node", str(world_size), SCRIPT]
-    return [sys.executable, SCRIPT]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -92,7 +72,7 @@ class Attempt:
         self.run_dir, self.log, self.mark = run_dir, log, mark
         self._before = records.lines(run_dir)
         inherited = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
-        threads = {"OMP_NUM_THREADS": "1", "PATH": f"{_BIN}:{os.environ['PATH']}"}
+        threads = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, *arguments, *options.arguments],

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from data.index import scan_shard, sidecar_path
 from tests.faults import records
-from tests.faults.attempt import START_LIMIT_S, Attempt, Options, command_of
+from tests.faults.attempt import START_LIMIT_S, Attempt, Options
 from tests.faults.disk import SmallDisk
 from tests.faults.fault import Fault, Stage
 from tests.faults.kinds import KINDS
 from tests.faults.server import ShardServer
-from tests.trainer.harness import ds_config, write_eval_set, write_recipe, write_shards
+from tests.trainer.harness import command_of, ds_config, write_eval_set, write_recipe, write_shards
 
 SAVE_EVERY = 5
 _EVAL_EVERY = 15

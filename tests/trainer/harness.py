@@ -17,6 +17,8 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of this environment's commands.
+BIN = Path(sys.executable).parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 SHAPES = ("square", "bar", "column", "corner")
 # Fields that depend on the clock or the machine; everything else must be reproducible to the bit.
@@ -130,7 +132,7 @@ class Launched:
         if faults is not None:
             script = [str(ROOT / "tests" / "trainer" / "faulty_run.py"), json.dumps(faults)]
         self.started = time.monotonic()
-        port = _free_port()
+        port = free_port()
         self.processes = []
         for rank in range(world_size):
             environment = {
@@ -215,7 +217,20 @@ def ds_config(stage: int) -> str:
     return str(ROOT / "ds_configs" / f"zero{stage}.json")
 
 
-def _free_port() -> int:
+def command_of(launcher: str, world_size: int) -> list[str]:
+    """How `deepspeed`, `torchrun`, `mpirun` or Python itself starts the trainer on ranks of this machine."""
+    script = str(ROOT / "trainer" / "run.py")
+    return {
+        # Its ports are not its own: tests run side by side.
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", str(world_size), "--master_port", str(free_port())],
+        "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(world_size)],
+        "mpirun": [str(BIN / "mpirun"), "-np", str(world_size), sys.executable],
+        "python": [sys.executable],
+    }[launcher] + [script]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -17,6 +17,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "
 NAMES += ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "PMI_SIZE")
 NAMES += ("SLURM_STEP_ID", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 NAMES += ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE")
+NAMES += ("TORCHELASTIC_USE_AGENT_STORE",)
 
 
 @pytest.fixture
@@ -56,6 +57,21 @@ def test_port_of_a_job_is_checked_by_rank_0(environment):
         taken.listen()
         with pytest.raises(ConfigError, match="port 25000, derived from the SLURM job, is taken"):
             find_place()
+
+
+def test_runs_on_one_machine_do_not_share_deepspeeds_port(environment):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        assert find_place().is_main
+        assert os.environ["MASTER_PORT"] != port
+        environment(RANK="0", WORLD_SIZE="2", MASTER_PORT=port)
+        with pytest.raises(ConfigError, match=f"port {port} is taken on this node.*--master_port"):
+            find_place()
+    assert find_place().world_size == 2
+    assert os.environ["MASTER_PORT"] == port
 
 
 @pytest.mark.parametrize(

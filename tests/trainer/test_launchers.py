@@ -3,15 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.harness import ROOT, ds_config, steps, write_recipe
-
-SCRIPT = str(ROOT / "trainer" / "run.py")
-BIN = Path(sys.executable).parent
+from tests.trainer.harness import BIN, command_of, ds_config, steps, write_recipe
 
 
 def launch(command, cache):
@@ -25,18 +21,13 @@ def launch(command, cache):
 
 # How launchers and communication libraries complain about a process that left without saying goodbye.
 NOISE = re.compile(r"BAD TERMINATION|Traceback|terminate called|leaked|not been destroyed|Aborted|MPI_Finalize")
-LAUNCHERS = {
-    "deepspeed": ([str(BIN / "deepspeed"), "--num_accelerators", "2", SCRIPT], 2),
-    "torchrun": ([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", SCRIPT], 2),
-    "mpirun": ([str(BIN / "mpirun"), "-np", "2", sys.executable, SCRIPT], 2),
-    "python": ([sys.executable, SCRIPT], 1),
-}
+RANKS = {"deepspeed": 2, "torchrun": 2, "mpirun": 2, "python": 1}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", RANKS)
 def test_launcher_trains(name, shards, cache, tmp_path):
-    command, world_size = LAUNCHERS[name]
+    command, world_size = command_of(name, RANKS[name]), RANKS[name]
     if name == "mpirun" and not Path(command[0]).is_file():
         pytest.skip("needs the extra: pip install 'declip-trainer[mpi]'")
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 4})
@@ -52,7 +43,7 @@ def test_launcher_trains(name, shards, cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 def test_launcher_passes_on_a_mistake(name, shards, cache, tmp_path):
-    command, _ = LAUNCHERS[name]
+    command = command_of(name, RANKS[name])
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 4})
     code, output = launch([*command, "--recipe", str(recipe), "--optimizer.lrr", "1"], cache)
     assert code == 2 if name == "deepspeed" else code != 0, output

@@ -3,20 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.harness import ROOT, Launched, ds_config, metrics, steps, write_recipe
-
-SCRIPT = str(ROOT / "trainer" / "run.py")
-BIN = Path(sys.executable).parent
-LAUNCHERS = {
-    "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", SCRIPT],
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", SCRIPT],
-}
+from tests.trainer.harness import BIN, Launched, command_of, ds_config, metrics, steps, write_recipe
 
 
 def catches(process, number):
@@ -79,7 +71,7 @@ def test_stopped_launcher_leaves_a_checkpoint_and_no_ranks(name, number, whole_g
     flags = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(1), "--method.w_tss", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DECLIP_CACHE": str(cache)}
     launcher = subprocess.Popen(
-        [*LAUNCHERS[name], *flags],
+        [*command_of(name, 2), *flags],
         env=environment | {"PATH": f"{BIN}:{os.environ['PATH']}"},
         cwd=cache,
         stdout=subprocess.PIPE,
