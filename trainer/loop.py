@@ -44,7 +44,7 @@ def train(run: Run) -> None:
         while run.state.step < last and not stopped:
             step = run.state.step + 1
             look_ahead(run, step)
-            terms, grad_norm, micro_batches = _train_step(run, step, batches)
+            terms, grad_norm, micro_batches = train_step(run, step, batches)
             run.state.step = step
             if step % config.train.log_every == 0 or step == last:
                 run.watchdog.enter(step, "log")
@@ -73,9 +73,10 @@ def train(run: Run) -> None:
         run.console.stop()
 
 
-def _train_step(
+def train_step(
     run: Run, step: int, batches: Iterator[list[dict[str, Any]]]
 ) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
+    """Step `step` on the next batch: its terms, the gradient's norm, and the micro-batches. Collective."""
     config, engine, enter = run.config, run.engine, run.watchdog.enter
     enter(step, "data")
     micro_batches = _next_batches(run, batches)

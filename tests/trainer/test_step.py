@@ -73,16 +73,16 @@ def build(stage: int, method: dict | None = None, model: str = "vit_pico_p8_32",
 
 
 def reads_of_steps(rank, world_size, stages):
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     found = {}
     for stage in stages:
         run, batch = build(stage)
         # ZeRO 3 records and checks the order of parameters in its first steps.
         for step in range(1, 5):
-            _train_step(run, step, iter([[dict(batch)]]))
+            train_step(run, step, iter([[dict(batch)]]))
         with HostReads() as reads:
-            terms, _, _ = _train_step(run, 5, iter([[dict(batch)]]))
+            terms, _, _ = train_step(run, 5, iter([[dict(batch)]]))
         with HostReads() as control:
             float(terms["loss"].detach())
         assert len(control.places) == 1
@@ -127,14 +127,14 @@ def spoiling(objective, spoiled):
 
 
 def skip_and_clip(rank, world_size, stages):
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     clip, beta = 0.25, 0.9
     for stage in stages:
         run, batch = build(stage, gradient_clipping=clip)
         engine = run.engine
         assert engine.decides_on_device == (stage < 3)
-        _, norm, _ = _train_step(run, 1, iter([[dict(batch)]]))
+        _, norm, _ = train_step(run, 1, iter([[dict(batch)]]))
         assert float(norm) > 4 * clip
         assert moment_norm(engine) == pytest.approx((1 - beta) * clip, rel=1e-4), stage
         before = state_of(engine)
@@ -142,10 +142,10 @@ def skip_and_clip(rank, world_size, stages):
         for step, spoiled in ((2, rank == 1), (3, rank == 0)):
             # In the loss only: by themselves its gradients would be finite.
             with mock.patch.object(engine.method, "objective", spoiling(engine.method.objective, spoiled)):
-                _, norm, _ = _train_step(run, step, iter([[dict(batch)]]))
+                _, norm, _ = train_step(run, step, iter([[dict(batch)]]))
             assert not norm.isfinite()
             assert all(torch.equal(old, new) for old, new in zip(before, state_of(engine), strict=True)), (stage, step)
-        _train_step(run, 4, iter([[dict(batch)]]))
+        train_step(run, 4, iter([[dict(batch)]]))
         assert not any(torch.equal(old, new) for old, new in zip(before[:2], state_of(engine)[:2], strict=True))
         assert [bool(skipped) for _, skipped, _ in run.window.outcomes] == [False, True, True, False]
 
@@ -157,14 +157,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any():
 def bound_temperature(rank, world_size, stages):
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     bound = 2.0
     for stage in stages:
         # A step may move the logarithm by the learning rate at most, so it starts 0.65 above its bound.
         run, batch = build(stage, method={"logit_scale_max": bound})
         for step in (1, 2, 3):
-            _train_step(run, step, iter([[dict(batch)]]))
+            train_step(run, step, iter([[dict(batch)]]))
             scale = run.engine.method.model.logit_scale.log_value
             master = scale if stage == 0 else safe_get_full_fp32_param(scale)
             assert master.numel() == 1
