@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.family.cost import measure_costs
-from benchmarks.family.methods import CONTROL, ENTRIES, Data, describe
+from benchmarks.family.methods import CONTROL, ENTRIES, Data, settings_of
 from benchmarks.family.report import Comparison, draw, markdown
 from benchmarks.family.runs import Records, RunKey, control_steps, train, write_recipe
 from benchmarks.family.sets import open_built_in, open_folder
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     parser.add_argument("--built-in", action="store_true", help="the built-in set, whatever else is there")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_ROOT / "benchmarks" / "out" / "family")
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--epochs", type=int, default=8, help="of the short runs (default: 8)")
+    parser.add_argument("--epochs", type=int, default=6, help="of the short runs (default: 6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--table", action="store_true", help="train nothing")
@@ -50,15 +50,14 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     try:
         data = _open_data(arguments, out)
         steps = arguments.epochs * data.steps_per_epoch
-        settings = {"data": data.name, "pairs": data.num_samples, "steps": steps, "recipe": describe()}
-        records = Records(out / "results.json", settings)
+        records = Records(out / "results.json", settings_of(data, steps))
     except (ValueError, DataError) as error:
         parser.error(str(error))
-    recipes = {name: write_recipe(name, data, max(1, arguments.epochs // 4), out / "recipes") for name in names}
-    if not arguments.table:
-        for missing in [name for name in names if name not in records.costs] and [names]:
-            records.costs = measure_costs(runner, {name: recipes[name] for name in missing}, rounds=2)
-            records.save()
+    recipes = {name: write_recipe(name, data, out / "recipes") for name in names}
+    if not arguments.table and any(name not in records.costs for name in names):
+        # All again: processor times are compared only where they were taken in turn.
+        records.costs = measure_costs(runner, recipes, rounds=2)
+        records.save()
     measured = [name for name in names if name in records.costs]
     if CONTROL not in measured:
         parser.error(f"{out / 'results.json'} has no measurements; run without --table first")

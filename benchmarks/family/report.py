@@ -64,8 +64,9 @@ def markdown(comparison: Comparison, command: str, picture: str) -> str:
         "Every figure is the mean over the seeds ± their standard deviation, in percent. Compute is counted "
         "(FLOPs of matrix products, convolutions and attentions, forward and backward, of whole runs, ProtoCLIP's "
         "passes before its episodes included) relative to CLIP's run. Equal compute: CLIP alone, trained longer, with "
-        "its schedule stretched, until it has spent what the method spends; methods within 3 % of each other share "
-        "that run, at the compute of the costliest. Differences are between means ± their standard error.",
+        "its schedule stretched, until it has spent what the method spends; methods within 10 % of each other share "
+        "a run in their middle, and the column says what CLIP has spent over the method. Differences are between means "
+        "± their standard error.",
         "",
         *_cost_table(comparison),
     ]
@@ -109,14 +110,16 @@ def _samples_table(comparison: Comparison, subset: str) -> list[str]:
 
 def _compute_table(comparison: Comparison, subset: str) -> list[str]:
     titles = [f"{label}: method, CLIP, difference" for label in (_FIGURES[figure] for figure in _DRAWN)]
-    lines = ["| method | CLIP's steps | " + " | ".join(titles) + " |", "|---|---:|" + "---|" * len(titles)]
+    lines = ["| method | CLIP's steps | CLIP / method | " + " | ".join(titles) + " |"]
+    lines += ["|---|---:|---:|" + "---|" * len(titles)]
     for name, steps in comparison.controls.items():
         cells = []
         for figure in _DRAWN:
             own = comparison.values(name, comparison.steps, subset, figure)
             control = comparison.values(CONTROL, steps, subset, figure)
             cells.append(f"{_spread(own)}, {_spread(control)}, {_difference(own, control)}")
-        lines.append(f"| {ENTRIES[name].title} | {steps:,} | " + " | ".join(cells) + " |")
+        spent = steps / comparison.steps / comparison.compute[name]
+        lines.append(f"| {ENTRIES[name].title} | {steps:,} | {spent:.2f} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -1,6 +1,7 @@
 """Training runs and their records, which outlive the runs: what is on record is not run again."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from benchmarks.family.methods import CONTROL, Data, recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
+_NEAR = 1.05
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,11 @@ class Records:
         partial.replace(self._path)
 
 
-def write_recipe(name: str, data: Data, epochs_per_eval: int, folder: Path) -> Path:
+def write_recipe(name: str, data: Data, folder: Path) -> Path:
     """The recipe of an entry as a file, which `trainer/run.py --recipe` also takes by hand."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe(name, data, epochs_per_eval), sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe(name, data), sort_keys=False))
     return path
 
 
@@ -107,28 +109,25 @@ def train(key: RunKey, recipe_path: Path, run_dir: Path, extra: tuple[str, ...] 
     ]
 
 
-def control_steps(names: list[str], compute: dict[str, float], steps: int, tolerance: float = 0.03) -> dict[str, int]:
+def control_steps(names: list[str], compute: dict[str, float], steps: int) -> dict[str, int]:
     """How long CLIP trains to spend what each entry does.
 
-    Entries within `tolerance` of each other share a run, which has the compute of the costliest of them; what costs
-    CLIP's own compute within `tolerance` shares CLIP's own run.
+    Entries within 10 % of each other share a run in their middle, so that no more than 5 % are given or taken; what
+    costs CLIP's own compute within 5 % shares CLIP's own run.
 
     Args:
         names: Entries.
         compute: FLOPs of a run of each over those of CLIP's run.
         steps: Of the short runs.
-        tolerance: Relative.
 
     Returns:
-        Steps by entry.
+        Steps by entry, in the order of names.
     """
-    found: dict[str, int] = {}
-    shared = None
-    for name in sorted((name for name in names if name != CONTROL), key=lambda name: -compute[name]):
-        if compute[name] <= 1 + tolerance:
-            found[name] = steps
-            continue
-        if shared is None or compute[name] < shared / (1 + tolerance):
-            shared = compute[name]
-        found[name] = round(steps * shared)
-    return found
+    found: dict[str, int] = {name: steps for name in names if compute[name] <= _NEAR}
+    waiting = sorted(set(names) - set(found), key=compute.__getitem__)
+    while waiting:
+        group = [name for name in waiting if compute[name] <= compute[waiting[0]] * _NEAR**2]
+        waiting = waiting[len(group) :]
+        middle = math.sqrt(compute[group[0]] * compute[group[-1]])
+        found |= dict.fromkeys(group, round(steps * middle))
+    return {name: found[name] for name in names if name != CONTROL}
