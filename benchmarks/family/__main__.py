@@ -9,7 +9,6 @@ checkout, and without that on the built-in set. Writes results.md, results.json 
 """
 
 import argparse
-import shlex
 import shutil
 import sys
 import time
@@ -66,11 +65,17 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     if not arguments.table:
         _train_all(names, controls, steps, arguments, recipes, records, out)
     comparison = Comparison(data, steps, arguments.seeds, compute, controls, records)
-    command = shlex.join(["python", "-m", "benchmarks.family", *(sys.argv[1:] if argv is None else argv)])
     draw(comparison, out / "curves.png")
-    (out / "results.md").write_text(markdown(comparison, command, "curves.png"))
+    (out / "results.md").write_text(markdown(comparison, _command(arguments, names), "curves.png"))
     print(f"{out / 'results.md'}, results.json and curves.png are written")
     return 0
+
+
+def _command(arguments: argparse.Namespace, names: list[str]) -> str:
+    """What repeats the page, without the folders of this machine."""
+    words = ["python -m benchmarks.family", *(["--built-in"] if arguments.built_in else [])]
+    words += ["--methods", *names] if len(names) < len(ENTRIES) else []
+    return " ".join([*words, f"--epochs {arguments.epochs}", "--seeds", *map(str, arguments.seeds)])
 
 
 def _open_data(arguments: argparse.Namespace, out: Path) -> Data:

@@ -94,7 +94,7 @@ def recipe(name: str, data: Data) -> dict[str, Any]:
         "eval": {"every": data.steps_per_epoch, "sets": data.sets},
         "train": {"steps": data.steps_per_epoch, "global_batch_size": _BATCH, "log_every": 50, "precision": "fp32"},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
-        "schedule": {"warmup_steps": 60},
+        "schedule": {"warmup_steps": min(60, data.steps_per_epoch)},
         "checkpoint": {"every": data.steps_per_epoch, "keep_last": 1},
         "logging": {"tensorboard": False},
     }
@@ -105,9 +105,9 @@ def samples(steps: int) -> int:
     return steps * _BATCH
 
 
-def describe() -> str:
+def describe(data: Data) -> str:
     """What all runs have in common."""
-    settings = recipe(CONTROL, Data("", "", _BATCH, {}, ""))
+    settings = recipe(CONTROL, data)
     return (
         f"`{_MODEL}`, global batch {_BATCH}, AdamW with learning rate {settings['optimizer']['lr']:g} after "
         f"{settings['schedule']['warmup_steps']} steps of warm-up and weight decay "
@@ -122,7 +122,7 @@ def settings_of(data: Data, steps: int) -> dict[str, Any]:
         tree = recipe(name, data)
         tree["data"].pop("train")
         entries[name] = {"method": tree["method"], "data": tree["data"]}
-    return {"data": data.name, "pairs": data.num_samples, "steps": steps, "recipe": describe(), "methods": entries}
+    return {"data": data.name, "pairs": data.num_samples, "steps": steps, "recipe": describe(data), "methods": entries}
 
 
 def check_folder(folder: Path) -> None:

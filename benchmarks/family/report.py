@@ -59,7 +59,7 @@ def markdown(comparison: Comparison, command: str, picture: str) -> str:
         "",
         f"Trained on {data.name} ({data.num_samples:,} pairs), {samples(comparison.steps):,} samples a run "
         f"({comparison.steps:,} steps, {samples(comparison.steps) / data.num_samples:.1f} epochs), seeds "
-        f"{', '.join(map(str, seeds))}. All methods: {describe()}.",
+        f"{', '.join(map(str, seeds))}. All methods: {describe(data)}.",
         "",
         "Every figure is the mean over the seeds ± their standard deviation, in percent. Compute is counted "
         "(FLOPs of matrix products, convolutions and attentions, forward and backward, of whole runs, ProtoCLIP's "

@@ -80,7 +80,8 @@ def write_recipe(name: str, data: Data, folder: Path) -> Path:
     """The recipe of an entry as a file, which `trainer/run.py --recipe` also takes by hand."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe(name, data), sort_keys=False))
+    # Through JSON: parts that recipes share would become YAML aliases.
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe(name, data))), sort_keys=False))
     return path
 
 
