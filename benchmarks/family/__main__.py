@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     parser.add_argument("--built-in", action="store_true", help="the built-in set, whatever else is there")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_ROOT / "benchmarks" / "out" / "family")
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--epochs", type=int, default=6, help="of the short runs (default: 6)")
+    parser.add_argument("--epochs", type=int, default=5, help="of the short runs (default: 5)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--table", action="store_true", help="train nothing")

@@ -46,7 +46,7 @@ def measure_steps(recipe: str) -> Measurement:
 
         run.engine.deepspeed.train()
         advance(_WARM_UP)
-        found = measure({"steps": lambda: advance(steps)}, repeats=1 if episode else 3)
+        found = measure({"steps": lambda: advance(steps)}, repeats=2 if episode else 3)
         run.close()
     flops = found.figures["flops"]
     if episode:
