@@ -15,7 +15,7 @@ from trainer.ema import averaged_weights, update_average
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import STOPPED_EARLY, Preemption
-from trainer.preview import look_ahead
+from trainer.preview import begin_step
 from trainer.recovery import roll_back
 from trainer.replicas import average_local_statistics, verify_replicas
 from trainer.reporting import judge_steps, log_step, rate, report_pending_bad_samples
@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         batches = run.data.steps()
         while run.state.step < last and not stopped:
             step = run.state.step + 1
-            look_ahead(run, step)
+            begin_step(run, step)
             terms, grad_norm, micro_batches = train_step(run, step, batches)
             run.state.step = step
             if step % config.train.log_every == 0 or step == last:
@@ -81,7 +81,6 @@ def train_step(
     enter(step, "data")
     micro_batches = _next_batches(run, batches)
     enter(step, "forward")
-    engine.method.before_step(step, config.train.steps)
     # A fresh stream each step, so that a tower which draws from torch's generator (timm's drop path) leaves nothing to
     # save and continues exactly; patch dropout is keyed by sample instead.
     torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + run.place.rank) % 2**63)

@@ -1,4 +1,4 @@
-"""Samples shown to the method before they are trained on, where it asks for that (clusters of an episode)."""
+"""What precedes a step, and samples shown to the method before they are trained on, where it asks for that."""
 
 import time
 
@@ -9,13 +9,14 @@ from trainer.replicas import average_local_statistics
 from trainer.state import Ahead, Run
 
 
-def look_ahead(run: Run, step: int) -> None:
-    """Give the method its preview, if one is due before this step. Collective.
+def begin_step(run: Run, step: int) -> None:
+    """Tell the method of the step, and give it its preview, if one is due before. Collective.
 
     Which batches it covers follows from the step and the data offset, and what it finds from them and the weights: a
     run that is killed here, and resumed from a checkpoint at this step, does and finds the same.
     """
     engine, method, enter = run.engine, run.engine.method, run.watchdog.enter
+    enter(step, "begin")
     due = method.begin_step(step, step - 1 + run.state.data_offset)
     if due is None:
         return

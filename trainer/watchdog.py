@@ -28,7 +28,10 @@ _LOST_BEATS = 5
 _FOLLOW_SECONDS = 2.0
 _FAILED = 1
 _NAMED_RANKS = 16
-_PHASES = ("preview", "data", "forward", "backward", "step", "log", "rollback", "verify", "save", "evaluate", "end")
+_PHASES = (
+    *("begin", "preview", "data", "forward", "backward", "step"),
+    *("log", "rollback", "verify", "save", "evaluate", "end"),
+)
 
 
 @dataclass(frozen=True)

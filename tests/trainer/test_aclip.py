@@ -15,7 +15,7 @@ from losses import normalize
 from models.registry import build_model
 from tests.losses import reference
 from tests.trainer.aclip_batches import SETTINGS, micro_batch
-from trainer.config import load_config, parse_config
+from trainer.config import TrainConfig, load_config, parse_config
 from trainer.errors import ConfigError
 from trainer.methods import METHODS, Method, parse_method
 
@@ -33,6 +33,11 @@ def make_method(
 
 def aclip(**settings) -> Method:
     return make_method(**{**SETTINGS, **settings})
+
+
+def begin_run(method: Method, steps: int) -> Method:
+    method.begin_run(TrainConfig(steps=steps, global_batch_size=8), None)
+    return method
 
 
 def run(method: Method, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +84,7 @@ def test_terms_and_gradients_against_the_equations():
     method, batch = aclip().double(), micro_batch(0, 8)
     scale = method.model.logit_scale
     scale.forward = lambda: scale.log_value.exp()
-    method.before_step(1, 10)
+    begin_run(method, 10).begin_step(1, 0)
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -181,7 +186,7 @@ def test_no_gradient_reaches_the_teacher_and_terms_can_be_left_out():
     assert not any(name.startswith(("simclr", "byol", "teacher_projector")) for name in bare.state_dict())
     terms = run(bare, micro_batch(0, 8))
     assert torch.equal(terms["loss"].detach(), terms["loss/clip"])
-    bare.before_step(1, 2)
+    begin_run(bare, 2).begin_step(1, 0)
     assert bare.metrics().keys() == {"aclip/momentum", "aclip/kept_attention"}
 
 
@@ -192,14 +197,14 @@ def test_the_teacher_follows_the_weights_once_a_step():
         tower.class_embedding.fill_(4.0)
         method.byol.projector[0].weight.fill_(2.0)
     # Weights that training starts from may be loaded after the method is made.
-    method.before_step(1, 8)
+    begin_run(method, 8).begin_step(1, 0)
     assert (teacher.class_embedding == 4.0).all()
     assert (method.teacher_projector[0].weight == 2.0).all()
     with torch.no_grad():
         tower.class_embedding.fill_(8.0)
     run(method, micro_batch(0, 2), micro_batch(2, 4))
     assert (teacher.class_embedding == 4.0).all()
-    method.before_step(5, 8)
+    method.begin_step(5, 4)
     # Half of the way from 0.5 to 1.
     assert method.metrics()["aclip/momentum"] == 0.75
     assert (teacher.class_embedding == 5.0).all()
@@ -321,9 +326,10 @@ def test_the_teacher_learns_to_keep_what_the_captions_name():
     method, generator, steps = aclip(teacher_image_size=32, teacher_momentum=0.9), torch.Generator().manual_seed(3), 30
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
     held_out = salient_batch(256, generator)
+    begin_run(method, steps)
     start = kept_share(method, *held_out)
     for step in range(1, steps + 1):
-        method.before_step(step, steps)
+        method.begin_step(step, step - 1)
         optimizer.zero_grad()
         run(method, salient_batch(32, generator)[0])["loss"].backward()
         optimizer.step()

@@ -40,7 +40,9 @@ def build_engine(stage: int, micro_batch_size: int, rank: int, world_size: int, 
     torch.manual_seed(0)
     # ZeRO 3 replaces it for the rest of the process, and its sums round differently; a run has one stage only.
     torch.nn.functional.linear = _LINEAR
-    return Engine(build_method(config, build_tokenizer(config)), config, resolved, torch.device("cpu"))
+    method = build_method(config, build_tokenizer(config))
+    method.begin_run(config.train, None)
+    return Engine(method, config, resolved, torch.device("cpu"))
 
 
 def forward_and_backward(engine, rank: int, world_size: int, size: int) -> dict[str, torch.Tensor]:
@@ -60,10 +62,10 @@ def third_step(rank: int, world_size: int, cases: list[tuple[int, int]], **setti
         size = SAMPLES // world_size // accumulation
         engine = build_engine(stage, size, rank, world_size, **settings)
         for step in (1, 2):
-            engine.method.before_step(step, STEPS)
+            engine.method.begin_step(step, step - 1)
             forward_and_backward(engine, rank, world_size, size)
             engine.step()
-        engine.method.before_step(3, STEPS)
+        engine.method.begin_step(3, 2)
         terms = forward_and_backward(engine, rank, world_size, size)
         gradients = {}
         for name, parameter in engine.method.named_parameters():
@@ -129,17 +131,17 @@ def off_schedule(rank: int, world_size: int, stages: list[int]) -> tuple[list[bo
         engine = build_engine(stage, SAMPLES // world_size, rank, world_size)
         method = engine.method
         for step in (1, 2):
-            method.before_step(step, STEPS)
+            method.begin_step(step, step - 1)
             terms = forward_and_backward(engine, rank, world_size, SAMPLES // world_size)
             engine.step()
         before = {name: value.clone() for name, value in method.teacher.named_buffers()}
-        method.before_step(3, STEPS)
+        method.begin_step(3, 2)
         share = SAMPLES // world_size
         batch = micro_batch(rank * share, (rank + 1) * share)
         terms = engine("train", {"micro_batches": [batch]})
         engine.backward(terms["loss"] * (math.nan if rank == 0 else 1.0))
         skipped, _ = engine.step()
-        method.before_step(4, STEPS)
+        method.begin_step(4, 3)
         momenta = [0.75, 1 - 0.5 * (1 + math.cos(math.pi * 3 / 4)) / 2]
         right = bool(skipped)
         for name, parameter in method.model.image_tower.named_parameters():

@@ -11,6 +11,7 @@ from models.attentive_mask import carry_over, most_attended, patches_of_blocks
 from models.clip import ClipModel
 from models.heads import ByolHead, SimClrHead
 from models.vit import VisionTransformer
+from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.mean_teacher import cosine_momentum, teacher_of, update_teacher
 from trainer.methods.base import Method, MethodSettings
@@ -69,10 +70,14 @@ class AclipMethod(Method):
         # What `metrics` reports on, from the last step.
         self._seen: dict[str, Tensor] = {}
 
-    def before_step(self, step: int, steps: int) -> None:
+    def begin_run(self, train: TrainConfig, num_samples: int | None) -> None:
+        """Note how long the teacher's schedule is."""
+        self._steps = train.steps
+
+    def begin_step(self, step: int, batch: int) -> None:
         """Move the teacher towards the weights as the step before left them; collective at ZeRO 3."""
         # At the first step a copy: weights that training starts from were loaded after the teacher was made.
-        self._momentum = cosine_momentum(step, steps, self.settings.teacher_momentum) if step > 1 else 0.0
+        self._momentum = cosine_momentum(step, self._steps, self.settings.teacher_momentum) if step > 1 else 0.0
         update_teacher(self.teacher, self.model.image_tower, self._momentum)
         if self.settings.w_byol:
             update_teacher(self.teacher_projector, self.byol.projector, self._momentum)

@@ -95,9 +95,6 @@ class Method(nn.Module):
             return self.objective(encode_micro_batches(self.encode, micro_batches, self.feature_dims))
         return {"image": self.embed_image, "text": self.embed_text, "preview": self.preview}[phase](inputs)
 
-    def before_step(self, step: int, steps: int) -> None:
-        """What precedes step `step` of `steps`, counted from 1 (a schedule, a teacher). Once per step on every rank."""
-
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A micro-batch with what `encode` needs besides, once per micro-batch; without gradient."""
         return batch
@@ -135,7 +132,7 @@ class Method(nn.Module):
         return []
 
     def begin_step(self, step: int, batch: int) -> range | None:
-        """What precedes a step. Called on every rank, with the same numbers.
+        """What precedes a step (a schedule, a teacher). Called once per step on every rank, with the same numbers.
 
         Args:
             step: The step, from 1.
