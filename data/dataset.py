@@ -98,10 +98,10 @@ class TrainDataset(_ReadingDataset):
     """Item (step, micro_index) is the collated micro-batch of this rank.
 
     Besides what `collate_views` makes it has sample_hash int64 [m], a fingerprint of each slot and its sample;
-    position int64 [m], the running place of each slot in the order (global batch times its size, plus the slot);
-    sample_index int64 [m], the place of the sample used among those of all sources in listed order;
     view_keys int64 [V, m], a hash of each image view (seed, source, epoch, sample, view) to key random numbers that
-    are drawn in the model; and bad_samples, a list of records.
+    are drawn in the model; and bad_samples, a list of records. `with_places` also position int64 [m], the running place
+    of each slot in the order (global batch times its size, plus the slot), and sample_index int64 [m], the place of the
+    sample used among those of all sources in listed order.
 
     A sample that cannot be used is replaced by another one of its source, drawn by a hash of (seed, source, epoch,
     sample, attempt), so replacements too are the same for any world size and worker count. A DataError comes back as
@@ -116,6 +116,7 @@ class TrainDataset(_ReadingDataset):
         world_size: world_size * m must divide the global batch.
         store: Where indexes are found and remote shards fetched.
         limits: Largest members that are read.
+        with_places: Whether batches hold position and sample_index.
         held_batches: Micro-batches that may lie in shared memory at once, to check its size in time.
 
     Raises:
@@ -133,6 +134,7 @@ class TrainDataset(_ReadingDataset):
         world_size: int,
         store: IndexStore,
         limits: ReadLimits,
+        with_places: bool = False,
         held_batches: int = 0,
     ) -> None:
         super().__init__(sources, store, limits)
@@ -149,6 +151,7 @@ class TrainDataset(_ReadingDataset):
         self._micro_batch_size = micro_batch_size
         self._first_slot = rank * self.micro_batches_per_step * micro_batch_size
         self._first_samples = np.cumsum([0, *order.num_samples])
+        self._with_places = with_places
         self._held_batches = held_batches
         self._checked_memory = False
 
@@ -176,9 +179,10 @@ class TrainDataset(_ReadingDataset):
             sample_index[row] = self._first_samples[source] + used
         batch = collate_views(views, masked=self._masked, in_context=self._in_context)
         batch["sample_hash"] = torch.from_numpy(hashes)
-        batch["position"] = torch.from_numpy(step * self._order.global_batch_size + plan.slot)
-        batch["sample_index"] = torch.from_numpy(sample_index)
         batch["view_keys"] = torch.from_numpy(_view_keys(keys, len(batch["images"])))
+        if self._with_places:
+            batch["position"] = torch.from_numpy(step * self._order.global_batch_size + plan.slot)
+            batch["sample_index"] = torch.from_numpy(sample_index)
         self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))
         return {**batch, "bad_samples": bad_samples}
 

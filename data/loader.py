@@ -188,6 +188,7 @@ def build_train_loader(
     start_step: int = 0,
     lanes: int | str = "auto",
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW,
+    with_places: bool = False,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool | None = None,
@@ -208,6 +209,7 @@ def build_train_loader(
         start_step: First step; the same as running up to there.
         lanes: See `GlobalOrder`.
         shuffle_window: See `GlobalOrder`.
+        with_places: See `TrainDataset`.
         workers: Worker processes; 0 = load in this process.
         prefetch: Micro-batches each worker prepares ahead.
         pin_memory: Default: if there is a CUDA device.
@@ -237,6 +239,7 @@ def build_train_loader(
         world_size=world_size,
         store=store,
         limits=limits,
+        with_places=with_places,
         held_batches=workers * prefetch,
     )
     prefetcher = None

@@ -158,6 +158,7 @@ class TrainData:
             start_step=start_step + offset,
             lanes=config.data.lanes,
             shuffle_window=config.data.shuffle_window,
+            with_places=method.needs_places,
             workers=resolve_workers(config, place),
             prefetch=config.data.prefetch,
             pin_memory=device.type == "cuda",

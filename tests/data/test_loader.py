@@ -159,6 +159,23 @@ def test_bad_samples_are_replaced_the_same_way_everywhere(tmp_path):
     assert torch.equal(columns(straight[:20])[0], columns(merged)[0])
 
 
+def test_places_are_those_of_the_slot_and_of_the_sample_used(tmp_path):
+    class Numbered(TinyTransform):
+        def __call__(self, image_bytes, captions, key):
+            views = super().__call__(image_bytes, captions, key)
+            views.images[:] = int(image_bytes)
+            return views
+
+    damaged = indexed(tmp_path, write_shards(tmp_path / "set", COUNTS, bad=(3, 12)))
+    without, batches = (take(damaged, 24, transform=Numbered(), with_places=places) for places in (False, True))
+    for batch in batches:
+        assert torch.equal(batch["sample_index"], batch["images"][0, :, 0, 0, 0].long())
+    assert torch.cat([batch.pop("position") for batch in batches]).tolist() == list(range(48))
+    seen = torch.cat([batch.pop("sample_index") for batch in batches])
+    assert set(seen.tolist()) == set(range(41)) - {3, 12}
+    assert_equal_batches(batches, without)
+
+
 def test_a_set_of_bad_samples_stops_with_one_line(tmp_path):
     hopeless = indexed(tmp_path, write_shards(tmp_path / "set", [4], bad=tuple(range(4))))
     for workers in (0, 1):

@@ -58,6 +58,7 @@ class Method(nn.Module):
         text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
         has_global_embeddings: Whether the model's own features are trained to be compared, as exports need them.
         context_size: Side in pixels of one more crop, around all image views; None for none.
+        needs_places: Whether batches hold `position` and `sample_index`, places in the order and among the samples.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -68,6 +69,7 @@ class Method(nn.Module):
     text_views: tuple[str, ...] = ("original",)
     has_global_embeddings: bool = True
     context_size: int | None = None
+    needs_places: bool = False
 
     def __init__(self, model: ClipModel, settings: MethodSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__()

@@ -76,6 +76,8 @@ class ProtoclipMethod(Method):
     Settings: ClassVar[type[MethodSettings]] = ProtoclipSettings
     settings: ProtoclipSettings
 
+    needs_places = True
+
     def __init__(self, model: ClipModel, settings: ProtoclipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)
         self.text_head = PrototypeHead(
