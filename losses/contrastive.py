@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed import all_gather_rows, rank
+from losses.functional import check_precision
 from losses.similarity import BlockLosses
 from losses.tiles import Block, Plan
 
@@ -141,12 +142,9 @@ def _check_features(image_features: Tensor, text_features: Tensor, logit_scale: 
             f"contrastive_terms got image_features {image_shape} and text_features {text_shape}, "
             "expected [V, b, d] and [K, b, d]; add a leading view dimension of 1 for a single view"
         )
-    dtypes = {image_features.dtype, text_features.dtype, logit_scale.dtype}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise ValueError(
-            f"contrastive_terms got dtypes {image_features.dtype}, {text_features.dtype}, {logit_scale.dtype} for "
-            "image_features, text_features, logit_scale, expected float32 for all; pass features through normalize()"
-        )
+    check_precision(
+        "contrastive_terms", image_features=image_features, text_features=text_features, logit_scale=logit_scale
+    )
     if logit_scale.numel() != 1:
         raise ValueError(f"contrastive_terms got logit_scale of shape {tuple(logit_scale.shape)}, expected one element")
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.distributed import rank, world_size
+from losses.functional import check_precision
 from losses.late_interaction import DEFAULT_WINNERS_BUDGET_BYTES, Packing, TokenScores
 
 _SELECTION_BYTES = 32 * 2**20
@@ -107,12 +108,7 @@ def _check(
             f"filip_loss got image_tokens {shapes[0]}, text_tokens {shapes[1]}, text_lengths {shapes[2]}, "
             "expected [b, P, d], [N, d], [b]"
         )
-    dtypes = {image_tokens.dtype, text_tokens.dtype, logit_scale.dtype}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise ValueError(
-            f"filip_loss got dtypes {image_tokens.dtype}, {text_tokens.dtype}, {logit_scale.dtype} for image_tokens, "
-            "text_tokens, logit_scale, expected float32 for all; pass tokens through normalize()"
-        )
+    check_precision("filip_loss", image_tokens=image_tokens, text_tokens=text_tokens, logit_scale=logit_scale)
     counts = text_lengths.tolist()
     if min(counts) < 1 or max(counts) > max_text_length or sum(counts) != len(text_tokens):
         raise ValueError(

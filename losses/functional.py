@@ -9,6 +9,22 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def check_precision(function: str, **tensors: Tensor) -> None:
+    """Refuses a loss's inputs unless all are float32 or all float64.
+
+    Args:
+        function: The loss's name, for the message.
+        **tensors: Its inputs by name.
+
+    Raises:
+        ValueError: Other or different dtypes.
+    """
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        given = ", ".join(f"{name} in {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in tensors.items())
+        raise ValueError(f"{function} got {given}, expected float32 for all; pass features through normalize()")
+
+
 def normalize(features: Tensor, eps: float = 1e-6) -> Tensor:
     """Scales each vector of the last dimension to unit length in float32, whatever precision it arrives in.
 

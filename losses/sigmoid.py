@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.distributed import all_gather_rows, rank, reduce_scatter_rows
+from losses.functional import check_precision
 
 # Logits of one tile, in bytes. There are two such buffers.
 _TILE_BYTES = 32 * 2**20
@@ -122,12 +123,13 @@ def _check(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, l
             f"sigmoid_loss got image_features {tuple(image_features.shape)} and text_features "
             f"{tuple(text_features.shape)}, expected both [b, d]"
         )
-    dtypes = {image_features.dtype, text_features.dtype, logit_scale.dtype, logit_bias.dtype}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise ValueError(
-            f"sigmoid_loss got dtypes {', '.join(sorted(map(str, dtypes)))}, expected float32 for all; pass features "
-            "through normalize()"
-        )
+    check_precision(
+        "sigmoid_loss",
+        image_features=image_features,
+        text_features=text_features,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+    )
     if logit_scale.numel() != 1 or logit_bias.numel() != 1:
         raise ValueError(
             f"sigmoid_loss got logit_scale {tuple(logit_scale.shape)} and logit_bias {tuple(logit_bias.shape)}, "

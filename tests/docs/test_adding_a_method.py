@@ -1,7 +1,5 @@
 """The method that docs/adding_a_method.md adds, in a copy of the project: its files, its test, its commands."""
 
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs import guide
 from tests.trainer.harness import ROOT, metrics, steps, write_shards
 
 REGISTRY = "trainer/methods/__init__.py"
@@ -16,8 +15,7 @@ REGISTRY = "trainer/methods/__init__.py"
 
 def blocks() -> dict[str, str]:
     """What the guide prints, by file; its commands under ''."""
-    guide = (ROOT / "docs" / "adding_a_method.md").read_text()
-    found = re.findall(r"^```(?:python|yaml|bash) ?([^\n]*)\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    found = guide.blocks(guide.read("adding_a_method"), "python|yaml|bash")
     assert len(found) == 6
     return dict(found)
 
@@ -40,8 +38,7 @@ def test_the_guide_adds_a_method(tmp_path):
     commands = files.pop("")
     code = "".join(text for path, text in files.items() if not path.startswith("tests/"))
     assert len(code.splitlines()) < 100
-    for name in ("trainer", "models", "losses", "data", "ds_configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    guide.copy_project(tmp_path)
     (tmp_path / "tests" / "losses").mkdir(parents=True)
     for name in ("pyproject.toml", "tests/__init__.py", "tests/distributed.py", "tests/losses/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -50,18 +47,7 @@ def test_the_guide_adds_a_method(tmp_path):
     shards = write_shards(tmp_path / "shards")
     smaller = f"--data.train '{shards}' --eval.sets {{}} --train.global_batch_size 64"
     commands = commands.replace("--recipe cyclip_demo", f"--recipe cyclip_demo {smaller}")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": str(tmp_path), "DECLIP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        ["bash", "-c", f"set -e\n{commands}"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    guide.run_commands(commands, tmp_path, 500, PYTHONPATH=str(tmp_path))
     run = tmp_path / "runs" / "cyclip"
     logged = steps(run)
     assert list(logged) == [10, 20]

@@ -1,15 +1,12 @@
 """Every command of docs/walkthrough.md, as printed but for what it installs and the port of its server."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.docs import guide
 from tests.trainer.harness import ROOT, free_port, metrics
 
 STEPS = 120
@@ -22,36 +19,22 @@ PROGRAMS = {
 
 def commands() -> str:
     """All commands of the guide in order, without those that install."""
-    guide = (ROOT / "docs" / "walkthrough.md").read_text()
-    script = "".join(re.findall(r"^```bash[^\n]*\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
+    script = "".join(text for _, text in guide.blocks(guide.read("walkthrough"), "bash"))
     kept = [line for line in script.splitlines() if not re.match(r"python -m venv|\S+/pip install", line)]
     assert len(kept) == len(script.splitlines()) - 4
-    return "set -e\n" + "\n".join(kept).replace("8642", str(free_port())) + "\n"
+    return "\n".join(kept).replace("8642", str(free_port())) + "\n"
 
 
 @pytest.mark.slow(seconds=100)
 @pytest.mark.timeout(1200)
 def test_the_guide_runs_as_printed(tmp_path):
-    for name in ("trainer", "models", "losses", "data", "ds_configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    guide.copy_project(tmp_path)
     for path, module in PROGRAMS.items():
         program = tmp_path / path
         program.parent.mkdir(parents=True)
         program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m {module} "$@"\n')
         program.chmod(0o755)
-    folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DECLIP_CACHE": str(tmp_path / "cache")}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(
-        ["bash", "-c", commands()],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1100,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    guide.run_commands(commands(), tmp_path, 1100, HF_HUB_OFFLINE="1")
 
     run = tmp_path / "walkthrough" / "run"
     records = metrics(run)

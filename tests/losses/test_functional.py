@@ -1,8 +1,10 @@
-"""Normalisation in single precision."""
+"""Normalisation in single precision, and the precision of what losses take."""
 
+import pytest
 import torch
 
 from losses import normalize
+from losses.functional import check_precision
 
 
 def test_unit_length_in_single_precision() -> None:
@@ -22,3 +24,14 @@ def test_zero_vector_has_a_finite_gradient() -> None:
     unit.sum().backward()
     assert torch.count_nonzero(unit) == 0
     assert features.grad.isfinite().all()
+
+
+def test_inputs_of_a_loss_have_one_precision() -> None:
+    single, double = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    check_precision("some_loss", features=single, scale=single)
+    check_precision("some_loss", features=double, scale=double)
+    message = r"^some_loss got features in float32, scale in float64, expected float32 for all; "
+    with pytest.raises(ValueError, match=message):
+        check_precision("some_loss", features=single, scale=double)
+    with pytest.raises(ValueError, match="features in bfloat16"):
+        check_precision("some_loss", features=single.bfloat16(), scale=single.bfloat16())
