@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
-from torchvision.transforms import functional
+from PIL import Image, ImageEnhance, ImageOps
 
 from data.decode import EncodedImage, shrink_factor
 from data.errors import DataError
@@ -119,7 +118,7 @@ class ImageAugmentation:
         if self.jitter_probability and rng.random() < self.jitter_probability:
             image = self._jitter(image, rng)
         if self.grayscale_probability and rng.random() < self.grayscale_probability:
-            image = functional.rgb_to_grayscale(image, num_output_channels=3)
+            image = image.convert("L").convert("RGB")
         if self.blur_probability and rng.random() < self.blur_probability:
             image = Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(*self.blur_sigma)))
         if self.solarize_probability and rng.random() < self.solarize_probability:
@@ -138,16 +137,16 @@ class ImageAugmentation:
 
     def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         changes = (
-            (functional.adjust_brightness, _factor(self.brightness, rng)),
-            (functional.adjust_contrast, _factor(self.contrast, rng)),
-            (functional.adjust_saturation, _factor(self.saturation, rng)),
-            (_adjust_hue, rng.uniform(-self.hue, self.hue)),
+            (ImageEnhance.Brightness, _factor(self.brightness, rng)),
+            (ImageEnhance.Contrast, _factor(self.contrast, rng)),
+            (ImageEnhance.Color, _factor(self.saturation, rng)),
+            (_Hue, rng.uniform(-self.hue, self.hue)),
         )
         neutral = (1.0, 1.0, 1.0, 0.0)
         for index in rng.permutation(len(changes)):
             change, amount = changes[index]
             if amount != neutral[index]:
-                image = change(image, amount)
+                image = change(image).enhance(amount)
         return image
 
 
@@ -257,8 +256,14 @@ def _centre_box(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
     return left, top, left + max(1, crop_width), top + max(1, crop_height)
 
 
-def _adjust_hue(image: Image.Image, turn: float) -> Image.Image:
-    return Image.fromarray(turn_hue(np.asarray(image), turn))
+class _Hue:
+    """Turns the hue, called as Pillow's enhancers are."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self._image = image
+
+    def enhance(self, turn: float) -> Image.Image:
+        return Image.fromarray(turn_hue(np.asarray(self._image), turn))
 
 
 def _factor(strength: float, rng: np.random.Generator) -> float:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.folder import find_classes, make_dataset
-
 from data.errors import BadSample, DataError
 from data.reader import RawSample, ReadLimits
 from data.shard_index import IMAGE
@@ -60,6 +58,9 @@ def open_image_folder(root: Path) -> ImageFolder:
     Raises:
         DataError: No class folders, or one without pictures.
     """
+    # Here, as it imports torch's compiler, a second that every loader worker would spend.
+    from torchvision.datasets.folder import find_classes, make_dataset
+
     try:
         names, by_name = find_classes(str(root))
         found = make_dataset(str(root), by_name, extensions=EXTENSIONS)

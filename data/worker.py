@@ -19,7 +19,7 @@ _MAX_OPEN_FILES = 65_536
 _JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Imported once in the fork server; each worker is then a fork of a process that has them. None of our own modules: the
 # server searches the working directory first, where a user's folder called "data" would be taken for our package.
-_PRELOADED = ["torch.utils.data", "torchvision", "tokenizers", "PIL.Image"]
+_PRELOADED = ["torch.utils.data", "tokenizers", "PIL.Image"]
 
 
 def worker_context() -> multiprocessing.context.BaseContext:

@@ -1,7 +1,8 @@
-"""Runs one function on several real ranks: spawned processes joined by gloo on this machine."""
+"""Runs one function on several real ranks: processes of their own, joined by gloo on this machine."""
 
 import os
 import pickle
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,14 +39,22 @@ _COLLECTIVES = (
 )
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+# What every rank imports, and takes seconds of it: once, in the process that ranks are forks of. None of it starts
+# threads or a GPU, and none is ours, which without the path of this process might be found elsewhere.
+_PRELOADED = ["torch._dynamo", "pydantic", "pytest", "webdataset", "ftfy"]
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, fresh: bool = False
+) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` on `world_size` ranks inside an initialised gloo process group.
 
     Args:
-        fn: Module-level function (the spawned ranks import it by name).
+        fn: Module-level function (the ranks import it by name).
         world_size: Number of ranks, at least 1.
         *args: Further positional arguments, picklable.
         timeout_s: Wall-clock limit for the whole call, start-up of the processes included.
+        fresh: Start interpreters without any import, for what must be set before.
 
     Returns:
         What each rank returned, ordered by rank. Results must be picklable; tensors are copied.
@@ -57,14 +66,20 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     deadline = time.monotonic() + timeout_s
     # The parent holds the store, so that the port is free by construction rather than by a race-prone probe.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(_PRELOADED)
+    # A fork has the environment of the first call. Code under test may read it while it is imported.
+    call, environment = pickle.dumps((fn, args)), dict(os.environ)
     processes: list[BaseProcess] = []
     connections: list[Connection] = []
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run_rank, args=(sender, fn, rank, world_size, store.port, timeout_s, args), daemon=True
+                target=_run_rank,
+                args=(sender, call, environment, rank, world_size, store.port, timeout_s),
+                daemon=True,
             )
             process.start()
             # Only the child may hold the sending end: its death then reads as end-of-file here.
@@ -101,13 +116,17 @@ def _recording(name: str, collective: Callable[..., Any], records: list[tuple[st
 
 def _run_rank(
     sender: Connection,
-    fn: Callable[..., Any],
+    call: bytes,
+    environment: dict[str, str],
     rank: int,
     world_size: int,
     port: int,
     timeout_s: float,
-    args: tuple[Any, ...],
 ) -> None:
+    # Loader workers of this process come from the same server, which they may have started with signals blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -120,6 +139,7 @@ def _run_rank(
     )
     torch.set_num_threads(1)
     try:
+        fn, args = pickle.loads(call)
         timeout = timedelta(seconds=timeout_s)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

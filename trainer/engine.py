@@ -1,6 +1,7 @@
 """The DeepSpeed engine behind four verbs: forward, backward, step, project."""
 
 import datetime
+import importlib
 import logging
 import math
 import os
@@ -87,6 +88,22 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
     )
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which no recipe can choose, before the first backward does.
+
+    ZeRO looks whether the optimizer is one. Its three compiled functions load all of torch's compiler: a second on
+    every rank, unless compiling is off at that moment.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class Engine:
     """One method under DeepSpeed, with the same behaviour at ZeRO 0 to 3.
 
@@ -117,6 +134,8 @@ class Engine:
         if self.offload and config.optimizer.name == "adamw":
             tree["zero_force_ds_cpu_optimizer"] = False
         self.decides_on_device = self._takes_over_the_check(tree, optimizer)
+        if self.stage:
+            _import_muon()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=tree)
         self.method: Method = self.deepspeed.module
 

@@ -229,7 +229,7 @@ def rank_gradients(rank: int, world_size: int, kernel: str) -> list[Tensor]:
 
 def test_two_ranks_equal_one_rank_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ranks = run_distributed(rank_gradients, 2, "triton")
+    ranks = run_distributed(rank_gradients, 2, "triton", fresh=True)
     for *shares, expected in zip(*ranks, rank_gradients(0, 1, "torch"), strict=True):
         torch.testing.assert_close(sum(shares) / 2, expected, rtol=1e-5, atol=1e-6)
 

@@ -1,6 +1,7 @@
 """Every parameter's gradient under the engine: W ranks, any ZeRO stage, any number of micro-batches."""
 
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
@@ -120,6 +121,8 @@ def gradients_on_rank(
         loss = terms["loss"].detach().double().reshape(1)
         torch.distributed.all_reduce(loss)
         results.append({"loss": float(loss) / world_size, "gradients": found})
+    # Code generation: nothing here compiles, and DeepSpeed's Muon would load it in a second of every rank.
+    assert "torch._inductor.compile_fx" not in sys.modules
     return results
 
 
