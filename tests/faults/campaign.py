@@ -17,7 +17,7 @@ from tests.faults.disk import SmallDisk
 from tests.faults.fault import Fault, Stage
 from tests.faults.kinds import KINDS
 from tests.faults.server import ShardServer
-from tests.trainer.harness import command_of, ds_config, write_eval_set, write_recipe, write_shards
+from tests.trainer.harness import WORKER, command_of, ds_config, write_eval_set, write_recipe, write_shards
 
 SAVE_EVERY = 5
 _EVAL_EVERY = 15
@@ -148,7 +148,7 @@ class Campaign:
             eval={"every": _EVAL_EVERY, "sets": {"shapes": {"data": str(write_eval_set(folder / "eval"))}}},
             # A sample that cannot be read would be replaced, and the run with it; this one must stop instead.
             # Two lanes: shards are opened and fetched all through an epoch, not all at its start.
-            data={"mask_token": False, "max_bad_fraction": 0.0, "lanes": 2},
+            data={"mask_token": False, "max_bad_fraction": 0.0, "lanes": 2, **WORKER["data"]},
         )
 
     def run(self, line: Line) -> list[Outcome]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.trainer.harness import ds_config, metrics, run_trainer, steps, write_recipe, write_shards
+from tests.trainer.harness import WORKER, ds_config, metrics, run_trainer, steps, write_recipe, write_shards
 
 BIN = Path(sys.executable).parent
 SEED = 3
@@ -72,7 +72,8 @@ class Job:
 @pytest.mark.slow(seconds=200)
 def test_interruptions_change_nothing(cluster, tmp_path, capsys):
     """One element of a job array, interrupted twice in two ways, logs what a plain run of its seed logs."""
-    recipe = write_recipe(tmp_path / "tiny.yaml", write_shards(tmp_path / "shards"), train={"steps": STEPS})
+    shards = write_shards(tmp_path / "shards")
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": STEPS}, **WORKER)
     cache = tmp_path / "cache"
     cache.mkdir()
 

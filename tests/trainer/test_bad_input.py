@@ -10,7 +10,7 @@ import yaml
 from filelock import FileLock
 
 from tests.data.bad_files import write_hostile_shard
-from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, write_recipe, write_shards
+from tests.trainer.harness import WORKER, Launched, ds_config, metrics, run_trainer, write_recipe, write_shards
 
 
 def refused(arguments, cache, world_size=1):
@@ -77,7 +77,7 @@ def test_shards(spoil, expected, cache, tmp_path):
 
 def test_pictures_that_are_none(cache, tmp_path):
     pattern = write_shards(tmp_path / "shards", bad=40)
-    recipe = write_recipe(tmp_path / "tiny.yaml", pattern)
+    recipe = write_recipe(tmp_path / "tiny.yaml", pattern, **WORKER)
     message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=2)
     assert "could not be read" in message
     assert "data.max_bad_fraction" in message

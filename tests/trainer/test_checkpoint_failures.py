@@ -263,8 +263,7 @@ def train_on_a_full_disk(rank: int, world_size: int, recipe: Path, run_dir: Path
 @pytest.mark.slow
 def test_training_goes_on_when_a_save_fails_unless_it_is_the_last(shards, tmp_path):
     train = {"steps": 7, "global_batch_size": 8}
-    # Spawned ranks are daemons, which may not start loader processes.
-    sections = {"checkpoint": {"every": 2}, "train": train, "data": {"workers": 0}}
+    sections = {"checkpoint": {"every": 2}, "train": train}
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, "clip", **sections)
     failed, continued = run_distributed(train_on_a_full_disk, 1, recipe, tmp_path / "run", timeout_s=300)[0]
     assert failed.startswith("no checkpoint of step 7 was written: it needs 8 GiB; ")

@@ -102,10 +102,7 @@ def figures_on_rank(rank, world_size, run, filip_eval):
     trained = load_trained(run)
     method = trained.method
     method.settings = method.settings.model_copy(update={"filip_eval": filip_eval})
-    # A rank of a test is a daemon, which has no children.
-    data = trained.config.data.model_copy(update={"workers": 0})
-    config = trained.config.model_copy(update={"data": data})
-    evaluation = Evaluation(config, trained.tokenizer, Place(rank, rank, world_size, world_size, "test"))
+    evaluation = Evaluation(trained.config, trained.tokenizer, Place(rank, rank, world_size, world_size, "test"))
     (result,) = evaluation.run(TrainedModel(method, torch.device("cpu")))
     return result.figures
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.harness import BIN, command_of, ds_config, steps, write_recipe
+from tests.trainer.harness import BIN, WORKER, command_of, ds_config, steps, write_recipe
 
 
 def launch(command, cache):
@@ -30,7 +30,7 @@ def test_launcher_trains(name, shards, cache, tmp_path):
     command, world_size = command_of(name, RANKS[name]), RANKS[name]
     if name == "mpirun" and not Path(command[0]).is_file():
         pytest.skip("needs the extra: pip install 'declip-trainer[mpi]'")
-    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 4})
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 4}, **WORKER)
     arguments = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(2)]
     code, output = launch([*command, *arguments], cache)
     assert code == 0, output

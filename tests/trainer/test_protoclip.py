@@ -9,6 +9,7 @@ from losses import Clusters
 from models.registry import build_model
 from tests.distributed import run_distributed
 from tests.trainer.harness import (
+    WORKER,
     Launched,
     ds_config,
     metrics,
@@ -297,7 +298,7 @@ def test_cost_is_that_of_the_method():
     assert forward == pytest.approx(whole / 3, rel=0.1)
 
 
-EVERY = {"checkpoint": {"every": 6, "keep_last": 9}}
+EVERY = {"checkpoint": {"every": 6, "keep_last": 9}, **WORKER}
 
 
 @pytest.fixture(scope="module")

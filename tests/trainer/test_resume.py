@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
+from tests.trainer.harness import WORKER, Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
 from tests.trainer.test_world_size import compare
 
-EVERY = {"checkpoint": {"every": 5, "keep_last": 2}}
+EVERY = {"checkpoint": {"every": 5, "keep_last": 2}, **WORKER}
 
 
 @pytest.fixture(scope="module")

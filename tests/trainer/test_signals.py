@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.harness import BIN, Launched, command_of, ds_config, metrics, steps, write_recipe
+from tests.trainer.harness import BIN, WORKER, Launched, command_of, ds_config, metrics, steps, write_recipe
 
 
 def catches(process, number):
@@ -38,7 +38,7 @@ def session(leader):
 def test_signal_before_training_ends_all_ranks_cleanly(shards, cache, tmp_path):
     """While one rank imports: both leave where they next agree, and the job script sees that it was no end."""
     run_dir = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "tiny.yaml", shards)
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, **WORKER)
     launched = Launched(["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(1)], 2, cache)
     early = launched.processes[1]
     while early.poll() is None and not catches(early.pid, signal.SIGUSR1):
@@ -67,7 +67,7 @@ def test_signal_before_training_ends_all_ranks_cleanly(shards, cache, tmp_path):
 )
 def test_stopped_launcher_leaves_a_checkpoint_and_no_ranks(name, number, whole_group, shards, cache, tmp_path):
     run_dir = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 5000})
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, train={"steps": 5000}, **WORKER)
     flags = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(1), "--method.w_tss", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DECLIP_CACHE": str(cache)}
     launcher = subprocess.Popen(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.trainer.harness import Launched, ds_config, metrics, write_eval_set, write_recipe
+from tests.trainer.harness import WORKER, Launched, ds_config, metrics, write_eval_set, write_recipe
 
 # Long enough for a slow step on a busy machine: 15 seconds.
 TIMEOUT = ["--train.timeout_minutes", "0.25"]
@@ -13,7 +13,7 @@ TIMEOUT = ["--train.timeout_minutes", "0.25"]
 
 def start(shards, cache, tmp_path, *arguments, faults=None, **sections):
     """Two ranks of a long run."""
-    recipe = write_recipe(tmp_path / "tiny.yaml", shards, "clip", train={"steps": 100_000}, **sections)
+    recipe = write_recipe(tmp_path / "tiny.yaml", shards, "clip", train={"steps": 100_000}, **WORKER, **sections)
     base = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(2)]
     return Launched([*base, *TIMEOUT, *arguments], 2, cache, faults)
 
