@@ -15,7 +15,7 @@ from trainer.ema import averaged_weights, update_average
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
 from trainer.preemption import STOPPED_EARLY, Preemption
-from trainer.preview import begin_step
+from trainer.preview import look_ahead
 from trainer.recovery import roll_back
 from trainer.replicas import average_local_statistics, verify_replicas
 from trainer.reporting import judge_steps, log_step, rate, report_pending_bad_samples
@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         batches = run.data.steps()
         while run.state.step < last and not stopped:
             step = run.state.step + 1
-            begin_step(run, step)
+            look_ahead(run, step)
             terms, grad_norm, micro_batches = train_step(run, step, batches)
             run.state.step = step
             if step % config.train.log_every == 0 or step == last:

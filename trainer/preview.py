@@ -9,7 +9,7 @@ from trainer.replicas import average_local_statistics
 from trainer.state import Ahead, Run
 
 
-def begin_step(run: Run, step: int) -> None:
+def look_ahead(run: Run, step: int) -> None:
     """Tell the method of the step, and give it its preview, if one is due before. Collective.
 
     Which batches it covers follows from the step and the data offset, and what it finds from them and the weights: a
