@@ -18,7 +18,7 @@ def spoil_loss(batches: list[int] = (), steps: list[int] = (), value: str = "nan
     """Add to the loss of one rank, when a step trains on one of these global batches, or is one of these steps."""
     import trainer.loop
 
-    original = trainer.loop._train_step
+    original = trainer.loop.train_step
 
     def train_step(run, step, iterator):
         method = run.engine.method
@@ -35,7 +35,7 @@ def spoil_loss(batches: list[int] = (), steps: list[int] = (), value: str = "nan
         finally:
             method.__dict__.pop("objective", None)
 
-    trainer.loop._train_step = train_step
+    trainer.loop.train_step = train_step
 
 
 def fail(phase: str, step: int, rank: int, hang: bool = False) -> None:
@@ -74,7 +74,7 @@ def corrupt(step: int, rank: int) -> None:
 
     import trainer.loop
 
-    original = trainer.loop._train_step
+    original = trainer.loop.train_step
 
     def train_step(run, at, iterator):
         result = original(run, at, iterator)
@@ -83,7 +83,7 @@ def corrupt(step: int, rank: int) -> None:
             weight.data.view(torch.int32)[3] ^= 1
         return result
 
-    trainer.loop._train_step = train_step
+    trainer.loop.train_step = train_step
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ def shorter(batch, width):
 
 def train(stage, compiled):
     """Losses of four steps, and the state they end in."""
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     run, batch = build(stage, model="vit_one_layer", compiled=compiled)
     losses = []
     for step, width in enumerate((14, 12, 10, 14), 1):
-        terms, _, _ = _train_step(run, step, iter([[shorter(batch, width)]]))
+        terms, _, _ = train_step(run, step, iter([[shorter(batch, width)]]))
         losses.append(terms["loss"].detach())
     return torch.stack(losses), run.engine.deepspeed.module.state_dict()
 

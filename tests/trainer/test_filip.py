@@ -174,12 +174,12 @@ def test_scores_of_tokens_are_spread_over_the_ranks():
 
 
 def reads_of_a_step(rank, world_size, stage):
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     run, batch = build(stage, {k: v for k, v in DEFILIP.items() if k not in SETTINGS or k == "name"})
-    _train_step(run, 1, iter([[dict(batch)]]))
+    train_step(run, 1, iter([[dict(batch)]]))
     with HostReads() as reads:
-        _train_step(run, 2, iter([[dict(batch)]]))
+        train_step(run, 2, iter([[dict(batch)]]))
     return reads.places
 
 

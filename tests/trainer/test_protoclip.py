@@ -339,7 +339,7 @@ def test_killed_in_an_episode_and_in_clustering_it_continues_bitwise(uninterrupt
     run_dir = tmp_path / "run"
     arguments = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2)]
     # In step 8, the last of its episode, after a checkpoint at 6.
-    killed = Launched(arguments, 2, cache, {"die": {"place": "trainer.loop:_train_step", "calls": 8, "rank": 1}}).wait()
+    killed = Launched(arguments, 2, cache, {"die": {"place": "trainer.loop:train_step", "calls": 8, "rank": 1}}).wait()
     assert killed.codes[1] == -9
     assert "episode 1:" in killed.output
     # K-Means searches twice 5 times for images, then for texts: in those of the second of two episodes.

@@ -19,13 +19,13 @@ def test_the_minority_differs():
 
 
 def tamper(rank, world_size, stages):
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     for stage in stages:
         run, batch = build(stage)
         engine = run.engine
         engine.broadcast_buffers()
-        _train_step(run, 1, iter([[dict(batch)]]))
+        train_step(run, 1, iter([[dict(batch)]]))
         verify_replicas(engine, 1)
         scale = engine.method.model.logit_scale.log_value
         queue = engine.method.queue.rows
@@ -47,11 +47,11 @@ def test_one_flipped_bit_is_found_and_named():
 
 
 def local_statistics(rank, world_size):
-    from trainer.loop import _train_step
+    from trainer.loop import train_step
 
     run, batch = build(1, method={"iss_bn": "local"})
     for step in (1, 2):
-        _train_step(run, step, iter([[dict(batch)]]))
+        train_step(run, step, iter([[dict(batch)]]))
     verify_replicas(run.engine, 2)
     layers = [module for module in run.engine.method.simsiam.modules() if hasattr(module, "running_mean")]
     before = torch.stack([layer.running_mean.sum() for layer in layers] + [layer.running_var.sum() for layer in layers])
