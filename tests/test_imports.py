@@ -1,6 +1,8 @@
 """Imports point one way: trainer may import all; models, losses and data import neither it nor each other."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,10 @@ def test_package_imports_no_sibling(package):
 def test_trainer_imports_no_tests():
     for path in (ROOT / "trainer").rglob("*.py"):
         assert not imported_packages(path) & {"tests", "benchmarks"}, path
+
+
+def test_loader_workers_import_no_compiler():
+    """Which takes a second of each start, and hundreds of megabytes."""
+    code = "import sys, data.dataset, data.sample; print({'torchvision', 'torch._dynamo'} & sys.modules.keys())"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "set()"
