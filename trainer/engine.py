@@ -1,5 +1,6 @@
 """The DeepSpeed engine behind four verbs: forward, backward, step, project."""
 
+import contextlib
 import datetime
 import importlib
 import logging
@@ -97,7 +98,9 @@ def _import_muon() -> None:
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        # A release that has moved it loads it itself.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         del os.environ["TORCHDYNAMO_DISABLE"]
         if before is not None:
