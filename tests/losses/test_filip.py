@@ -306,7 +306,7 @@ def test_memory_grows_by_keys_and_scores_only():
         ({"text_tokens": tokens_of(4, WIDTH)}, "that add up to the 4 text_tokens"),
         ({"text_lengths": torch.tensor([5, 2])}, r"text_lengths in \[2, 5\]"),
         ({"image_tokens": tokens_of(3, 2, WIDTH)}, "expected \\[b, P, d\\]"),
-        ({"logit_scale": torch.ones(1)}, "pass tokens through normalize"),
+        ({"logit_scale": torch.ones(1)}, "pass features through normalize"),
         ({"keys": KeySelection(2, "local_max", group=4)}, "group of 4 samples for 2 samples"),
     ],
 )
