@@ -103,6 +103,10 @@ class _DrawnAnew:
     def text_views(self) -> tuple[str, ...]:
         return self.transform.text_views
 
+    @property
+    def context_size(self) -> int | None:
+        return self.transform.context_size
+
     def __call__(self, image_bytes: bytes, captions: list[str], key: tuple[int | str, ...]) -> SampleViews:
         return self.transform(image_bytes, captions, (*key, "preview"))
 
