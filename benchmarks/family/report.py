@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.family.methods import CONTROL, ENTRIES, Data, describe, samples
+from benchmarks.family.methods import CHOICES, CONTROL, ENTRIES, Data, describe, samples
 from benchmarks.family.runs import Records, RunKey
 
 _FIGURES = {
@@ -59,7 +59,7 @@ def markdown(comparison: Comparison, command: str, picture: str) -> str:
         "",
         f"Trained on {data.name} ({data.num_samples:,} pairs), {samples(comparison.steps):,} samples a run "
         f"({comparison.steps:,} steps, {samples(comparison.steps) / data.num_samples:.1f} epochs), seeds "
-        f"{', '.join(map(str, seeds))}. All methods: {describe(data)}.",
+        f"{', '.join(map(str, seeds))}. All methods: {describe(data)}. {CHOICES}",
         "",
         "Every figure is the mean over the seeds ± their standard deviation, in percent. Compute is counted "
         "(FLOPs of matrix products, convolutions and attentions, forward and backward, of whole runs, ProtoCLIP's "
