@@ -55,11 +55,11 @@ ENTRIES = {
 CONTROL = "clip"
 # For the page. Nothing else was tried: a method that needs other settings than these is shown at its worst.
 CHOICES = (
-    "Chosen on pictograms' `val`, in runs of 4 epochs with another seed and the built-in set's views: the learning rate "
-    "(CLIP's best of 5e-4, 1e-3 and 2e-3: text to image R@10 14.4, 16.2 and 9.8 %) and SigLIP's bias (-5 against the "
-    "paper's -10: 13.8 and 9.9 %). Weights, temperatures, momenta and masks of all methods are the defaults of their "
-    "papers or released code; heads, queue and clusters are sized for these towers; ALIGN and SigLIP are their losses "
-    "on these towers. Nothing was tuned for any other method, which favours CLIP."
+    "Chosen on pictograms' `val`, in runs of 4 epochs with another seed and the built-in set's views: the learning "
+    "rate (CLIP's best of 5e-4, 1e-3 and 2e-3: text to image R@10 14.4, 16.2 and 9.8 %) and SigLIP's bias (-5 against "
+    "the paper's -10: 13.8 and 9.9 %). Weights, temperatures, momenta and masks of all methods are the defaults of "
+    "their papers or released code; heads, queue and clusters are sized for these towers; ALIGN and SigLIP are their "
+    "losses on these towers. Nothing was tuned for any other method, which favours CLIP."
 )
 
 
