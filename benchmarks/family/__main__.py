@@ -5,7 +5,7 @@ python -m benchmarks.family --epochs 2 --seeds 0      a look
 python -m benchmarks.family --table                   the page again, from what is on record
 
 Trains on --data, a folder with train/ and val/ (and test/, held back), by default ../shared/data/pictograms beside the
-checkout, and without that on the built-in set. Writes results.md, results.json and curves.png to --out.
+checkout, and without that on the built-in set. Writes results.md, results.json and results_curves.png to --out.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     if not arguments.table:
         _train_all(names, controls, steps, arguments, recipes, records, out)
     comparison = Comparison(data, steps, arguments.seeds, compute, controls, records)
-    draw(comparison, out / "curves.png")
-    (out / "results.md").write_text(markdown(comparison, _command(arguments, names), "curves.png"))
-    print(f"{out / 'results.md'}, results.json and curves.png are written")
+    draw(comparison, out / "results_curves.png")
+    (out / "results.md").write_text(markdown(comparison, _command(arguments, names), "results_curves.png"))
+    print(f"{out / 'results.md'}, results.json and results_curves.png are written")
     return 0
 
 

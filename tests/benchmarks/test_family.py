@@ -68,7 +68,7 @@ def test_from_shards_to_the_page(folder, tmp_path, monkeypatch, capsys):
     last = records["runs"]["slip-6-0"][-2]
     assert rows(page, "### Equal samples")[1][1] == f"{100 * last['acc1']:.1f} (one seed)"
     assert rows(page, "### Equal compute")[0][:3] == ["SLIP", "15", "1.00"]
-    assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "results_curves.png").stat().st_size > 10_000
 
     # What is on record is not run again, nor with --table anything at all.
     monkeypatch.setattr(command, "train", None)
