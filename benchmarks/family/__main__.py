@@ -1,7 +1,7 @@
 """Every method of the family on the same data, at equal samples and at CLIP's equal compute, with several seeds.
 
 python -m benchmarks.family                           everything: hours on two CPU cores; goes on where it was ended
-python -m benchmarks.family --epochs 2 --seeds 0      a look
+python -m benchmarks.family --epochs 3 --seeds 0      a look
 python -m benchmarks.family --table                   the page again, from what is on record
 
 Trains on --data, a folder with train/ and val/ (and test/, held back), by default ../shared/data/pictograms beside the

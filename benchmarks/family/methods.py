@@ -1,7 +1,6 @@
 """What is compared: the settings of each method at this size, on the same towers, data, schedule and optimizer."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 # Every method can use it: FILIP needs patches, A-CLIP attention.
@@ -131,12 +130,3 @@ def settings_of(data: Data, steps: int) -> dict[str, Any]:
         tree["data"].pop("train")
         entries[name] = {"method": tree["method"], "data": tree["data"]}
     return {"data": data.name, "pairs": data.num_samples, "steps": steps, "recipe": describe(data), "methods": entries}
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError unless a folder holds the shards of a comparison."""
-    for part in ("train", "val"):
-        if not any((folder / part).glob("*.tar")):
-            raise ValueError(
-                f"{folder / part} holds no .tar; give a folder with train/ and val/ (and test/, held back)"
-            )

@@ -38,15 +38,18 @@ class Comparison:
     records: Records
 
     def values(self, name: str, steps: int, subset: str, figure: str) -> np.ndarray:
-        """A figure at the end of each recorded run of an entry, in percent, by seed; NaN where there is no run."""
-        found = []
-        for seed in self.seeds:
-            key = RunKey(name, steps, seed)
-            if not self.records.has(key):
-                found.append(np.nan)
-                continue
-            found.append(100 * [r for r in self.records.curve(key) if r["set"] == subset][-1][figure])
-        return np.array(found)
+        """A figure at the end of each recorded run of an entry, in percent."""
+        keys = [key for seed in self.seeds if self.records.has(key := RunKey(name, steps, seed))]
+        return np.array([100 * [r for r in self.records.curve(key) if r["set"] == subset][-1][figure] for key in keys])
+
+    def spread(self, values: np.ndarray) -> str:
+        """Mean and standard deviation, and over how many seeds where some are not on record."""
+        if not len(values):
+            return "not run"
+        if len(values) == 1:
+            return f"{values[0]:.1f} (one seed)"
+        missing = "" if len(values) == len(self.seeds) else f" ({len(values)} seeds)"
+        return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}{missing}"
 
 
 def markdown(comparison: Comparison, command: str, picture: str) -> str:
@@ -103,7 +106,7 @@ def _cost_table(comparison: Comparison) -> list[str]:
 def _samples_table(comparison: Comparison, subset: str) -> list[str]:
     lines = ["| method | " + " | ".join(_FIGURES.values()) + " |", "|---|" + "---:|" * len(_FIGURES)]
     for name in comparison.records.costs:
-        cells = [_spread(comparison.values(name, comparison.steps, subset, figure)) for figure in _FIGURES]
+        cells = [comparison.spread(comparison.values(name, comparison.steps, subset, figure)) for figure in _FIGURES]
         lines.append(f"| {ENTRIES[name].title} | " + " | ".join(cells) + " |")
     return lines
 
@@ -117,24 +120,13 @@ def _compute_table(comparison: Comparison, subset: str) -> list[str]:
         for figure in _DRAWN:
             own = comparison.values(name, comparison.steps, subset, figure)
             control = comparison.values(CONTROL, steps, subset, figure)
-            cells.append(f"{_spread(own)}, {_spread(control)}, {_difference(own, control)}")
+            cells.append(f"{comparison.spread(own)}, {comparison.spread(control)}, {_difference(own, control)}")
         spent = steps / comparison.steps / comparison.compute[name]
         lines.append(f"| {ENTRIES[name].title} | {steps:,} | {spent:.2f} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _spread(values: np.ndarray) -> str:
-    there = values[~np.isnan(values)]
-    if not len(there):
-        return "not run"
-    if len(there) == 1:
-        return f"{there[0]:.1f} (one seed)"
-    missing = "" if len(there) == len(values) else f" ({len(there)} seeds)"
-    return f"{there.mean():.1f} ± {there.std(ddof=1):.1f}{missing}"
-
-
 def _difference(own: np.ndarray, control: np.ndarray) -> str:
-    own, control = own[~np.isnan(own)], control[~np.isnan(control)]
     if min(len(own), len(control)) < 2:
         return "-"
     error = np.sqrt(own.var(ddof=1) / len(own) + control.var(ddof=1) / len(control))
@@ -163,11 +155,12 @@ def draw(comparison: Comparison, path: Path) -> None:
                 )
                 axis.fill_between(positions, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12)
         lengths = sorted({comparison.steps, *comparison.controls.values()})
-        ends = [np.nanmean(_finite(comparison.values(CONTROL, length, subset, drawn))) for length in lengths]
+        ends = {length: comparison.values(CONTROL, length, subset, drawn) for length in lengths}
+        ends = {length: values.mean() for length, values in ends.items() if len(values)}
         for axis in row:
             axis.plot(
-                [samples(length) / 1e3 for length in lengths],
-                ends,
+                [samples(length) / 1e3 for length in ends],
+                list(ends.values()),
                 "k--",
                 marker="s",
                 markersize=4,
@@ -181,10 +174,6 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values if not np.isnan(values).all() else np.zeros(1) * np.nan
 
 
 def _curve(comparison: Comparison, name: str, subset: str, figure: str) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,7 @@ def write_recipe(name: str, data: Data, folder: Path) -> Path:
     return path
 
 
-def train(key: RunKey, recipe_path: Path, run_dir: Path, extra: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def train(key: RunKey, recipe_path: Path, run_dir: Path) -> list[dict[str, Any]]:
     """Train a run to its end, or go on with one that was interrupted.
 
     Returns:
@@ -96,7 +96,7 @@ def train(key: RunKey, recipe_path: Path, run_dir: Path, extra: tuple[str, ...] 
     """
     command = [sys.executable, str(_ROOT / "trainer" / "run.py"), "--recipe", str(recipe_path)]
     command += ["--run_dir", str(run_dir), "--resume", "auto"]
-    command += ["--train.steps", str(key.steps), "--train.seed", str(key.seed), *extra]
+    command += ["--train.steps", str(key.steps), "--train.seed", str(key.seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:

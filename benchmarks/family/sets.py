@@ -5,7 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from benchmarks.family.methods import Data, check_folder
+from benchmarks.family.methods import Data
 from data.index import IndexStore, load_sources
 from data.sources import parse_sources
 
@@ -21,7 +21,7 @@ def open_folder(folder: Path, out: Path) -> Data:
     Raises:
         ValueError: Shards or names are missing.
     """
-    check_folder(folder)
+    _check(folder)
     sources = load_sources(parse_sources(str(folder / "train"), out), IndexStore.create(out / "index"))
     sets = {}
     for part in ("val", "test"):
@@ -31,6 +31,15 @@ def open_folder(folder: Path, out: Path) -> Data:
                 _with_classes(sorted((folder / part).glob("*.tar")), target)
             sets[part] = {"data": str(target), "tasks": _TASKS}
     return Data(folder.name, str(folder / "train"), sum(source.num_samples for source in sources), sets, "val")
+
+
+def _check(folder: Path) -> None:
+    """Raises ValueError unless a folder holds the shards of a comparison."""
+    for part in ("train", "val"):
+        if not any((folder / part).glob("*.tar")):
+            raise ValueError(
+                f"{folder / part} holds no .tar; give a folder with train/ and val/ (and test/, held back)"
+            )
 
 
 def open_built_in(out: Path) -> Data:
