@@ -10,9 +10,9 @@ from benchmarks.harness import Measurement, measure
 from benchmarks.processes import Job, Peer, Runner, check_agreement, interleave
 from benchmarks.report import OURS, Row, Target, compare
 from benchmarks.workload import make_batch, make_method, make_model, make_peer, peer_inputs
-from trainer.config import OptimizerConfig
+from trainer.config.sections import OptimizerConfig
 from trainer.methods import Method
-from trainer.optimizer import build_optimizer, parameter_groups
+from trainer.engine.optimizer import build_optimizer, parameter_groups
 
 NAME = "train_step"
 _OPTIMIZER = OptimizerConfig(name="adamw", lr=5e-4)

@@ -25,9 +25,9 @@ from benchmarks.harness import Measurement
 from benchmarks.loader import encode_jpeg, make_photo
 from benchmarks.processes import Job, Peer, Runner
 from benchmarks.report import OURS, Row, compare, number_text
-from data.augment import AUGMENTATIONS, DECODE_MARGIN, ImageAugmentation, align, random_views
-from data.decode import open_image, shrink_factor
-from data.pixels import gaussian_blur, turn_hue
+from data.images.augment import AUGMENTATIONS, DECODE_MARGIN, ImageAugmentation, align, random_views
+from data.images.decode import open_image, shrink_factor
+from data.images.pixels import gaussian_blur, turn_hue
 from data.rng import keyed_rng
 from models.clip import IMAGENET_MEAN, IMAGENET_STD
 

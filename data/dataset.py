@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.errors import BadSample, DataError
 from data.image_folder import ImageFolder
-from data.index import IndexedSource, IndexStore
+from data.shards.index_store import IndexedSource, IndexStore
 from data.order import GlobalOrder
-from data.reader import RawSample, ReadLimits, SampleReader
+from data.shards.reader import RawSample, ReadLimits, SampleReader
 from data.rng import keyed_hash
 
 MAX_REPLACEMENTS = 100

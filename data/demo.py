@@ -19,10 +19,10 @@ from filelock import FileLock
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from data.cache import cache_dir as default_cache_dir
-from data.demo_captions import captions
-from data.demo_glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
-from data.demo_splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
+from data.shards.cache import cache_dir as default_cache_dir
+from data.builtin.captions import captions
+from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
+from data.builtin.splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
 from data.rng import keyed_permutation
 
 __all__ = ["NAME", "VERSION", "UnicodeSymbols", "ensure_unicode_symbols", "render_unicode_symbols", "resolve_builtin"]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import BadSample, DataError
-from data.reader import RawSample, ReadLimits
-from data.shard_index import IMAGE
+from data.shards.reader import RawSample, ReadLimits
+from data.shards.shard_index import IMAGE
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 

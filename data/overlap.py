@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.decode import DEFAULT_MAX_PIXELS, open_image
+from data.images.decode import DEFAULT_MAX_PIXELS, open_image
 from data.image_folder import ImageFolder
-from data.index import IndexedSource, IndexStore
+from data.shards.index_store import IndexedSource, IndexStore
 from data.loader import build_eval_loader
 
 HASH_BITS = 64

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from data.errors import DataError
-from data.remote import FetchError, RemoteCache
+from data.shards.remote import FetchError, RemoteCache
 
 _FETCHERS = 4
 _MAX_STEPS_AHEAD = 1000

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
-from data.context import views_in_context
-from data.decode import DEFAULT_MAX_PIXELS, EncodedImage, check_max_pixels, open_image
-from data.eda import Eda, load_synonyms
+from data.images.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
+from data.images.context import views_in_context
+from data.images.decode import DEFAULT_MAX_PIXELS, EncodedImage, check_max_pixels, open_image
+from data.captions.eda import Eda, load_synonyms
 from data.errors import BadSample, DataError
-from data.mlm import mask_tokens
+from data.captions.mlm import mask_tokens
 from data.rng import keyed_rng
-from data.tokenizer import CaptionTokenizer
+from data.captions.tokenizer import CaptionTokenizer
 
 __all__ = ["TEXT_VIEWS", "EvalTransform", "SampleTransform", "SampleViews"]
 
@@ -52,7 +52,7 @@ class SampleTransform:
         image_size: Side of the square views in pixels.
         context_size: Side in pixels of one more crop, around all views; None for none.
         mask_probability: Chance of each token of the masked view to be selected.
-        synonyms_path: Table for the "eda" view, see `data.eda.load_synonyms`.
+        synonyms_path: Table for the "eda" view, see `data.captions.eda.load_synonyms`.
         max_image_pixels: Larger pictures are bad samples.
         max_caption_chars: Longer captions are cut before any other work.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.positions import resize_positions
+from models.weights.positions import resize_positions
 
 Part = Literal["vision", "text"]
 # Configurations that ship with this package, for the ids of CLIP's tokenizer and its mask token; without weights.

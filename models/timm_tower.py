@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.backbone import refuse_scalars, replace_batch_norms
 from models.transformer import Linear
 from models.vit import check_image_shape
-from models.weight_files import read_weights
+from models.weights.weight_files import read_weights
 
 
 class TimmTower(nn.Module):

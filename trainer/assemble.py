@@ -8,28 +8,28 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from data.tokenizer import CaptionTokenizer
+from data.captions.tokenizer import CaptionTokenizer
 from models.registry import build_model
-from trainer.agreement import on_main, together
+from trainer.ranks.agreement import on_main, together
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
-from trainer.compilation import compile_towers
-from trainer.config import RunConfig, dump_config, load_config
-from trainer.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
-from trainer.engine import Engine, init_distributed, select_device
+from trainer.engine.compilation import compile_towers
+from trainer.config.sections import RunConfig, dump_config, load_config
+from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
+from trainer.engine.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.files import write_atomically
 from trainer.guard import Guard
-from trainer.launch import Place
+from trainer.ranks.launch import Place
 from trainer.methods import METHODS, Method, parse_method
 from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
-from trainer.preemption import STOPPED_EARLY, stop_if_told
+from trainer.ranks.preemption import STOPPED_EARLY, stop_if_told
 from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
-from trainer.watchdog import Watchdog
+from trainer.ranks.watchdog import Watchdog
 
 DEFAULT_RECIPE = "demo"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.launch import Place, find_place
-from trainer.shutdown import end_process, reported_errors
+from trainer.ranks.launch import Place, find_place
+from trainer.ranks.shutdown import end_process, reported_errors
 
 _EPILOG = """examples:
   python -m trainer.evaluate runs/declip
@@ -66,7 +66,7 @@ def configure(arguments: argparse.Namespace) -> Any:
     Raises:
         ConfigError: No run, a malformed set, a value out of range, or nothing to evaluate.
     """
-    from trainer.config import parse_config
+    from trainer.config.sections import parse_config
     from trainer.trained import run_config
 
     tree = run_config(arguments.run_dir).model_dump(mode="json")
@@ -98,8 +98,8 @@ def configure(arguments: argparse.Namespace) -> Any:
 
 def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     """Load, evaluate, report. Collective."""
-    from trainer.agreement import on_main, together
-    from trainer.engine import init_distributed, select_device
+    from trainer.ranks.agreement import on_main, together
+    from trainer.engine.engine import init_distributed, select_device
     from trainer.evaluation import Evaluation
     from trainer.evaluation.results import benchmark_records, results_table, write_json
     from trainer.evaluation.robustness import read_baselines

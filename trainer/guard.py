@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import GuardConfig
+from trainer.config.sections import GuardConfig
 
 # Of a normal distribution: median absolute deviation to standard deviation.
 _MAD_TO_SIGMA = 1.4826

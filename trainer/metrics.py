@@ -13,7 +13,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from trainer.config import LoggingConfig
+from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
 
 METRICS = "metrics.jsonl"

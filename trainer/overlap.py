@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.launch import Place, find_place
-from trainer.shutdown import end_process, reported_errors
+from trainer.ranks.launch import Place, find_place
+from trainer.ranks.shutdown import end_process, reported_errors
 
 _CONFIDENCE = 0.995
 
@@ -71,8 +71,8 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from rich.table import Table
 
     from data.overlap import hash_pictures, nearest_within
-    from trainer.agreement import together
-    from trainer.engine import init_distributed, select_device
+    from trainer.ranks.agreement import together
+    from trainer.engine.engine import init_distributed, select_device
     from trainer.errors import ConfigError
     from trainer.evaluation import Evaluation
     from trainer.evaluation.evaluation import labels_of

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from data.augment import AUGMENTATIONS, ImageAugmentation
-from data.cache import cache_dir
+from data.images.augment import AUGMENTATIONS, ImageAugmentation
+from data.shards.cache import cache_dir
 from data.errors import DataError
-from data.index import IndexedSource, IndexStore, index_shards, load_sources
+from data.shards.index_store import IndexedSource, IndexStore, index_shards, load_sources
 from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform, SampleViews
-from data.sources import parse_sources
-from data.tokenizer import CaptionTokenizer, ClipTokenizer
+from data.shards.sources import parse_sources
+from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
 from models.hf_backbone import BUILTIN_PREFIX
 from models.registry import HF_PREFIX
-from trainer.agreement import together
-from trainer.config import RunConfig
-from trainer.ds_config import BatchPlan
+from trainer.ranks.agreement import together
+from trainer.config.sections import RunConfig
+from trainer.config.ds_config import BatchPlan
 from trainer.errors import ConfigError
-from trainer.launch import Place
+from trainer.ranks.launch import Place
 from trainer.methods.base import Method
 from trainer.metrics import BAD_SAMPLES, writable
 
@@ -58,7 +58,7 @@ def build_tokenizer(config: RunConfig) -> CaptionTokenizer:
         return ClipTokenizer(mask_token=config.data.mask_token, context_length=context_length)
     if config.data.mask_token:
         raise ConfigError(f"data.mask_token is for CLIP's tokenizer, {name} brings its own; set data.mask_token false")
-    from data.hf_tokenizer import HfTokenizer
+    from data.captions.hf_tokenizer import HfTokenizer
 
     return HfTokenizer(name.removeprefix("hf:"), context_length)
 

@@ -2,8 +2,8 @@
 
 import os
 
-from trainer.config import RunConfig, dump_config
-from trainer.ds_config import BatchPlan, ResolvedDeepSpeed
+from trainer.config.sections import RunConfig, dump_config
+from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed
 from trainer.methods.base import Method
 
 _FP32 = 4

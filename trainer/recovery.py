@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer.agreement import on_main, together
+from trainer.ranks.agreement import on_main, together
 from trainer.checkpoint import (
     list_checkpoints,
     load_checkpoint,

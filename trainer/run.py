@@ -14,9 +14,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.errors import ConfigError
-from trainer.launch import find_place
-from trainer.shutdown import end_process, reported_errors
-from trainer.signals import follow_launcher, listen
+from trainer.ranks.launch import find_place
+from trainer.ranks.shutdown import end_process, reported_errors
+from trainer.ranks.signals import follow_launcher, listen
 
 _EPILOG = """examples:
   deepspeed trainer/run.py --ds_config ds_configs/zero2.json
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     with reported_errors(place):
         from trainer.assemble import assemble, load_run_config
         from trainer.loop import train
-        from trainer.preemption import ToldToStop
+        from trainer.ranks.preemption import ToldToStop
 
         run_dir = Path(arguments.run_dir) if arguments.run_dir else None
         config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)

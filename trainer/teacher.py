@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.launch import Place, find_place
-from trainer.shutdown import end_process, reported_errors
+from trainer.ranks.launch import Place, find_place
+from trainer.ranks.shutdown import end_process, reported_errors
 
 if TYPE_CHECKING:
     import torch
 
-    from data.hf_tokenizer import HfTokenizer
+    from data.captions.hf_tokenizer import HfTokenizer
     from losses.row_store import RowStore
     from models.hf_towers import HfTextTower
 
@@ -89,14 +89,14 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     """Encode, reduce, write. Collective."""
     import torch.distributed as dist
 
-    from data.hf_tokenizer import HfTokenizer
+    from data.captions.hf_tokenizer import HfTokenizer
     from data.loader import build_eval_loader
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
-    from trainer.agreement import on_main, together
-    from trainer.config import load_config
-    from trainer.engine import init_distributed, select_device
+    from trainer.ranks.agreement import on_main, together
+    from trainer.config.sections import load_config
+    from trainer.engine.engine import init_distributed, select_device
     from trainer.errors import ConfigError
     from trainer.metrics import Console
     from trainer.pipeline import index_sources, index_store, resolve_workers

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.tokenizer import CaptionTokenizer
+from data.captions.tokenizer import CaptionTokenizer
 from trainer.assemble import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.checkpoint.shards import read_optimizer_state, read_weights
-from trainer.config import RunConfig, load_config
-from trainer.ema import AVERAGE
+from trainer.config.sections import RunConfig, load_config
+from trainer.engine.ema import AVERAGE
 from trainer.errors import ConfigError
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer

@@ -14,9 +14,9 @@ import torch
 from data.dataset import collate_views
 from data.errors import DataError
 from data.loader import build_eval_loader, build_train_loader
-from data.reader import ReadLimits, SampleReader
-from data.shard_index import ShardIndex
-from tests.data.shards import (
+from data.shards.reader import ReadLimits, SampleReader
+from data.shards.shard_index import ShardIndex
+from tests.data.tiny_shards import (
     TinyTransform,
     TinyViews,
     indexed,
@@ -297,8 +297,8 @@ def test_evaluation_captions_metadata_and_bad_samples(tmp_path):
 
 
 def test_many_open_shards_and_indexes_stay_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.reader._MAX_OPEN_FILES", 3)
-    monkeypatch.setattr("data.reader._MAX_INDEX_BYTES", 500)
+    monkeypatch.setattr("data.shards.reader._MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("data.shards.reader._MAX_INDEX_BYTES", 500)
     many = indexed(tmp_path, write_shards(tmp_path / "set", [2] * 30))
     source, store = many
     reader = SampleReader([source], store, ReadLimits())
@@ -316,7 +316,7 @@ print("imported", flush=True)
 if __name__ == "__main__":
     from pathlib import Path
     from data.loader import build_train_loader
-    from tests.data.shards import TinyTransform, indexed, write_shards
+    from tests.data.tiny_shards import TinyTransform, indexed, write_shards
     folder = Path(sys.argv[1])
     source, store = indexed(folder, write_shards(folder / "set", [50]))
     loader = build_train_loader([source], TinyTransform(), seed=0, global_batch_size=4, micro_batch_size=2, workers=2,

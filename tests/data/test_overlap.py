@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data.image_folder import open_image_folder
-from data.index import IndexStore
+from data.shards.index_store import IndexStore
 from data.overlap import PerceptualHash, hash_pictures, nearest_within
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 
-from data.index import scan_shard, sidecar_path
+from data.shards.index_store import scan_shard, sidecar_path
 from tests.faults import records
 from tests.faults.attempt import START_LIMIT_S, Attempt, Options
 from tests.faults.disk import SmallDisk

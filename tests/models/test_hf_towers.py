@@ -6,7 +6,7 @@ import transformers
 
 from models.batch_norm import BatchNorm
 from models.hf_towers import HfImageTower, HfTextTower
-from models.positions import resize_positions
+from models.weights.positions import resize_positions
 from models.registry import build_model
 from tests.models.hugging_face import TEXT, VISION, VOCAB_SIZE, save_model
 

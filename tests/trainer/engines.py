@@ -3,7 +3,7 @@
 import torch
 
 from tests.trainer.harness import ROOT
-from tests.trainer.test_gradients import SETTINGS, micro_batch
+from tests.trainer.methods.test_gradients import SETTINGS, micro_batch
 
 SAMPLES = 32
 _LINEAR = torch.nn.functional.linear
@@ -12,10 +12,10 @@ _LINEAR = torch.nn.functional.linear
 def build_engine(ds_name: str, seed: int, rank: int, world_size: int, optimizer: str = "adamw"):
     """An engine on a small DeCLIP with a frozen patch embedding."""
     from trainer.assemble import build_method
-    from trainer.config import parse_config
-    from trainer.ds_config import plan_batch, resolve_deepspeed
-    from trainer.engine import Engine, init_distributed
-    from trainer.launch import Place
+    from trainer.config.sections import parse_config
+    from trainer.config.ds_config import plan_batch, resolve_deepspeed
+    from trainer.engine.engine import Engine, init_distributed
+    from trainer.ranks.launch import Place
     from trainer.pipeline import build_tokenizer
 
     tree = {

@@ -40,9 +40,9 @@ def spoil_loss(batches: list[int] = (), steps: list[int] = (), value: str = "nan
 
 def fail(phase: str, step: int, rank: int, hang: bool = False) -> None:
     """Raise, or never return, on one rank when it comes to a phase of a step."""
-    import trainer.watchdog
+    import trainer.ranks.watchdog
 
-    original = trainer.watchdog.Watchdog.enter
+    original = trainer.ranks.watchdog.Watchdog.enter
 
     def enter(self, at, name):
         original(self, at, name)
@@ -51,7 +51,7 @@ def fail(phase: str, step: int, rank: int, hang: bool = False) -> None:
                 time.sleep(0.1)
             raise OSError(f"rank {rank} broke in {phase}")
 
-    trainer.watchdog.Watchdog.enter = enter
+    trainer.ranks.watchdog.Watchdog.enter = enter
 
 
 def die(place: str, calls: int, rank: int) -> None:
@@ -88,7 +88,7 @@ def corrupt(step: int, rank: int) -> None:
 
 if __name__ == "__main__":
     from trainer.run import main
-    from trainer.shutdown import end_process
+    from trainer.ranks.shutdown import end_process
 
     for name, values in json.loads(sys.argv[1]).items():
         for entry in values if isinstance(values, list) else [values]:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
 from tests.trainer.test_world_size import compare
-from trainer.config import GuardConfig
+from trainer.config.sections import GuardConfig
 from trainer.guard import Guard
 
 # Global batches 8 to 12 give no finite loss, 21 and 22 one that is far off.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.config import LoggingConfig
+from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
 from trainer.metrics import MetricsWriter, evaluated_sets, truncate_records
 

@@ -7,10 +7,10 @@ import transformers
 
 from models.registry import build_model
 from tests.models.hugging_face import save_model, save_tokenizer
-from tests.models.test_open_clip_mapping import make_reference
+from tests.models.weights.test_open_clip_mapping import make_reference
 from tests.trainer.harness import Launched, ds_config, run_trainer, steps, write_recipe, write_shards
 from trainer.checkpoint.shards import read_weights
-from trainer.config import ModelConfig
+from trainer.config.sections import ModelConfig
 from trainer.errors import ConfigError
 from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
 

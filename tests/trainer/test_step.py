@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed
-from tests.trainer.test_gradients import SAMPLES, SETTINGS, micro_batch
+from tests.trainer.methods.test_gradients import SAMPLES, SETTINGS, micro_batch
 
 # Operations that make the host wait for a CUDA device: they hand a value, or a size that depends on values, to Python.
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "item"}
@@ -38,11 +38,11 @@ def build(stage: int, method: dict | None = None, model: str = "vit_pico_p8_32",
     """An engine on the tiny model, its micro-batches, and a run that the loop's step works on."""
     from tests.trainer.harness import ds_config
     from trainer.assemble import build_method
-    from trainer.compilation import compile_towers
-    from trainer.config import parse_config
-    from trainer.ds_config import plan_batch, resolve_deepspeed
-    from trainer.engine import Engine, init_distributed
-    from trainer.launch import Place
+    from trainer.engine.compilation import compile_towers
+    from trainer.config.sections import parse_config
+    from trainer.config.ds_config import plan_batch, resolve_deepspeed
+    from trainer.engine.engine import Engine, init_distributed
+    from trainer.ranks.launch import Place
     from trainer.pipeline import TrainData, build_tokenizer
     from trainer.state import Window
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.hf_tokenizer import HfTokenizer
+from data.captions.hf_tokenizer import HfTokenizer
 from losses.row_store import RowStore
 from models.hf_towers import HfTextTower
 from tests.distributed import run_distributed
 from tests.models.hugging_face import save_model, save_tokenizer
 from trainer.errors import ConfigError
-from trainer.launch import Place
+from trainer.ranks.launch import Place
 from trainer.teacher import encode_captions, make_teacher, parse_arguments, principal_components
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.agreement import on_main
+from trainer.ranks.agreement import on_main
 from trainer.checkpoint.state import FORMAT
 from trainer.errors import ConfigError
 

@@ -26,7 +26,7 @@ class Layout:
     Attributes:
         stage: ZeRO stage.
         world_size: Number of ranks.
-        optimizer: Family of the optimizer (`trainer.optimizer.optimizer_family`).
+        optimizer: Family of the optimizer (`trainer.engine.optimizer.optimizer_family`).
         parameter_names: Trained parameters by group, in the optimizer's order.
         parameter_shapes: Their whole shapes.
         frozen_shapes: Whole shapes of the parameters that are not trained.

@@ -16,7 +16,7 @@ from trainer.checkpoint.shards import TRAINER_STATE
 from trainer.checkpoint.space import shortage
 from trainer.checkpoint.state import FORMAT, TrainerState
 from trainer.checkpoint.writer import FolderWriter, describe_os_error
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.errors import SaveError
 from trainer.files import sync_folder, write_atomically
 

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.agreement import on_main, together
+from trainer.ranks.agreement import on_main, together
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.writer import describe_os_error
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.errors import ConfigError
 
 GIB = 2**30

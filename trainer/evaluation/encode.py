@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.tokenizer import CaptionTokenizer
+from data.captions.tokenizer import CaptionTokenizer
 from trainer.evaluation.similarity import are_tokens
 from trainer.methods.base import Method
 

@@ -9,9 +9,9 @@ from data.demo import NAME as DEMO_NAME
 from data.demo import ensure_unicode_symbols
 from data.errors import DataError
 from data.image_folder import ImageFolder, open_image_folder
-from data.index import IndexedSource, IndexStore, load_sources
-from data.sources import parse_sources
-from trainer.config import EvalSet
+from data.shards.index_store import IndexedSource, IndexStore, load_sources
+from data.shards.sources import parse_sources
+from trainer.config.sections import EvalSet
 from trainer.errors import ConfigError
 
 _DEFAULT_TEMPLATES = ["{c}"]

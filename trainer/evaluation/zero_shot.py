@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.tokenizer import CaptionTokenizer
+from data.captions.tokenizer import CaptionTokenizer
 from trainer.evaluation.encode import Encoder, encode_texts
 from trainer.evaluation.similarity import are_tokens, class_scores
 

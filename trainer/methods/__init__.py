@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from trainer.config import Section, validate_section
+from trainer.config.sections import Section, validate_section
 from trainer.errors import ConfigError
 from trainer.methods.aclip import AclipMethod
 from trainer.methods.align import AlignMethod

@@ -11,9 +11,9 @@ from models.attentive_mask import carry_over, most_attended, patches_of_blocks
 from models.clip import ClipModel
 from models.heads import ByolHead, SimClrHead
 from models.vit import VisionTransformer
-from trainer.config import TrainConfig
+from trainer.config.sections import TrainConfig
 from trainer.errors import ConfigError
-from trainer.mean_teacher import cosine_momentum, teacher_of, update_teacher
+from trainer.methods.mean_teacher import cosine_momentum, teacher_of, update_teacher
 from trainer.methods.base import Method, MethodSettings
 
 

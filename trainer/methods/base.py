@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from losses import normalize
 from models.clip import ClipModel
-from trainer.config import Section, TrainConfig
-from trainer.gradient_cache import encode_micro_batches
+from trainer.config.sections import Section, TrainConfig
+from trainer.methods.gradient_cache import encode_micro_batches
 
 
 class MethodSettings(Section):

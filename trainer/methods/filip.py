@@ -12,7 +12,7 @@ from models.clip import ClipModel, LogitScale
 from models.heads import TokenHead
 from models.sequences import copy_to
 from models.text import caption_rows
-from trainer.config import Section
+from trainer.config.sections import Section
 from trainer.errors import ConfigError
 from trainer.methods.base import BoundedParameter, Method, MethodSettings
 

@@ -19,7 +19,7 @@ from losses.distributed import world_size
 from losses.episode import EXTERNAL, IMAGE, TABLES, TEXT
 from models.clip import ClipModel, LogitScale
 from models.heads import PrototypeHead
-from trainer.config import TrainConfig
+from trainer.config.sections import TrainConfig
 from trainer.errors import ConfigError
 from trainer.methods.base import BoundedParameter, Method, MethodSettings, TrainingRule
 

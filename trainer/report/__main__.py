@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.launch import Place, find_place
-from trainer.shutdown import end_process, reported_errors
+from trainer.ranks.launch import Place, find_place
+from trainer.ranks.shutdown import end_process, reported_errors
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
 
 
 def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> list[tuple[str, Any]]:
-    from trainer.engine import init_distributed, select_device
+    from trainer.engine.engine import init_distributed, select_device
     from trainer.report.examples import collect_examples
     from trainer.trained import TrainedModel, load_trained, run_config
 

@@ -1,0 +1,323 @@
+"""Random image views. Every random number comes from the generator that the caller keyed by sample and view."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from data.images.decode import EncodedImage, shrink_factor
+from data.errors import DataError
+from data.images.pixels import gaussian_blur, resize_crop, turn_hue
+
+__all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "Box", "Cutter", "ImageAugmentation", "align", "eval_view", "random_views"]
+
+Box = tuple[int, int, int, int]
+
+_INTERPOLATIONS = ("bilinear", "bicubic")
+# JPEG may be decoded smaller as long as every crop keeps this many times the output resolution; the proper filter does
+# the rest.
+DECODE_MARGIN = 1.5
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Parameters of one image view; the defaults take the centre square as it is.
+
+    Order: random resized crop, rotation and shift, colour jitter (its four changes in random order), grayscale, blur,
+    solarisation, flip. Colour factors and hue follow torchvision's ColorJitter.
+
+    Args:
+        crop_scale: Range of the crop's area as a share of the image, within (0, 1].
+        crop_ratio: Range of the crop's width / height, drawn log-uniformly.
+        interpolation: Filter of the resize.
+        rotation: Largest rotation to either side, in degrees; corners are filled with the view's top-left colour.
+        shift: Largest shift along each axis, as a share of the output size.
+        brightness: Brightness factor is drawn from [1 - x, 1 + x]; likewise contrast and saturation.
+        contrast: See brightness.
+        saturation: See brightness.
+        hue: Hue is turned by up to this share of the colour circle, 0 to 0.5.
+        jitter_probability: Chance that the four colour changes are applied at all.
+        grayscale_probability: Chance of dropping the colour.
+        blur_probability: Chance of a Gaussian blur.
+        blur_sigma: Range of its standard deviation in output pixels.
+        solarize_probability: Chance that values from 128 on are inverted.
+        flip_probability: Chance of a horizontal flip.
+
+    Raises:
+        DataError: A value out of its range.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    rotation: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    jitter_probability: float = 0.0
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+    flip_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range("crop_scale", self.crop_scale, 1.0)
+        _check_range("crop_ratio", self.crop_ratio, math.inf)
+        _check_range("blur_sigma", self.blur_sigma, math.inf)
+        limits = {"rotation": 180.0, "hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
+        changes = ("jitter", "grayscale", "blur", "solarize", "flip")
+        shares = ("shift", *(f"{change}_probability" for change in changes))
+        for name, limit in (limits | dict.fromkeys(shares, 1.0)).items():
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise DataError(f"image augmentation: {name} is {value}, expected a number from 0 to {limit:g}")
+        if self.interpolation not in _INTERPOLATIONS:
+            expected = ", ".join(_INTERPOLATIONS)
+            raise DataError(f"image augmentation: interpolation is {self.interpolation!r}, expected one of {expected}")
+
+    @property
+    def distorts(self) -> bool:
+        """Whether `distort` ever does anything."""
+        probabilities = (
+            self.jitter_probability,
+            self.grayscale_probability,
+            self.blur_probability,
+            self.solarize_probability,
+            self.flip_probability,
+        )
+        return any((self.rotation, self.shift, *probabilities))
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether `distort` may take a pixel to where the crop box does not say it is."""
+        return any((self.rotation, self.shift, self.flip_probability))
+
+    def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        """Draws the crop (left, top, right, bottom) in a picture of size (width, height)."""
+        width, height = size
+        low, high = np.log(self.crop_ratio)
+        for _ in range(_CROP_ATTEMPTS):
+            area = width * height * rng.uniform(*self.crop_scale)
+            ratio = math.exp(rng.uniform(low, high))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(rng.integers(width - crop_width + 1))
+                top = int(rng.integers(height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        return _centre_box(size, self.crop_ratio)
+
+    def distort(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Applies everything after the crop to an RGB picture of the output size."""
+        image = self._move(image, rng)
+        if self.jitter_probability and rng.random() < self.jitter_probability:
+            image = self._jitter(image, rng)
+        if self.grayscale_probability and rng.random() < self.grayscale_probability:
+            image = image.convert("L").convert("RGB")
+        if self.blur_probability and rng.random() < self.blur_probability:
+            image = Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(*self.blur_sigma)))
+        if self.solarize_probability and rng.random() < self.solarize_probability:
+            image = ImageOps.solarize(image)
+        if self.flip_probability and rng.random() < self.flip_probability:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def _move(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if not self.rotation and not self.shift:
+            return image
+        angle = rng.uniform(-self.rotation, self.rotation)
+        offset = tuple(rng.uniform(-self.shift, self.shift, size=2) * image.size)
+        background = image.getpixel((0, 0))
+        return image.rotate(angle, Image.Resampling.BICUBIC, translate=offset, fillcolor=background)
+
+    def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        changes = (
+            (ImageEnhance.Brightness, _factor(self.brightness, rng)),
+            (ImageEnhance.Contrast, _factor(self.contrast, rng)),
+            (ImageEnhance.Color, _factor(self.saturation, rng)),
+            (_Hue, rng.uniform(-self.hue, self.hue)),
+        )
+        neutral = (1.0, 1.0, 1.0, 0.0)
+        for index in rng.permutation(len(changes)):
+            change, amount = changes[index]
+            if amount != neutral[index]:
+                image = change(image).enhance(amount)
+        return image
+
+
+def random_views(
+    encoded: EncodedImage,
+    augmentations: tuple[ImageAugmentation, ...],
+    generators: list[np.random.Generator],
+    image_size: int,
+) -> np.ndarray:
+    """Decodes a picture once and draws all its views.
+
+    Args:
+        encoded: The checked picture.
+        augmentations: One per view.
+        generators: One keyed generator per view.
+        image_size: Side of the square output in pixels.
+
+    Returns:
+        uint8 [V, 3, image_size, image_size].
+
+    Raises:
+        BadSample: Truncated or damaged picture.
+    """
+    pairs = list(zip(augmentations, generators, strict=True))
+    boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
+    cutter = Cutter(encoded, boxes, image_size)
+    return np.stack([cutter.view(box, image_size, *pair) for box, pair in zip(boxes, pairs, strict=True)])
+
+
+class Cutter:
+    """A picture decoded once, no larger than its crops need.
+
+    Args:
+        encoded: The checked picture.
+        boxes: The crops that will be resized to `image_size`, in its own pixels.
+        image_size: Side of their square output.
+
+    Raises:
+        BadSample: Truncated or damaged picture.
+    """
+
+    def __init__(self, encoded: EncodedImage, boxes: list[Box], image_size: int):
+        smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+        self._size = encoded.size
+        self._factor = shrink_factor(smallest / (DECODE_MARGIN * image_size))
+        self._image = encoded.decode(self._factor)
+        self._scale = self._factor if self._image.size != encoded.size else 1
+
+    def aligned(self, box: Box) -> Box:
+        """The pixels of the original picture that `cut` takes for a box."""
+        return align(box, self._size, self._factor)
+
+    def cut(self, box: Box, size: int, interpolation: str) -> np.ndarray:
+        """Returns a box as uint8 [size, size, 3]."""
+        box = tuple(-(-edge // self._scale) for edge in self.aligned(box))
+        return resize_crop(self._image, box, size, interpolation)
+
+    def view(self, box: Box, size: int, augmentation: ImageAugmentation, rng: np.random.Generator) -> np.ndarray:
+        """Returns a box as a random view, uint8 [3, size, size]."""
+        pixels = self.cut(box, size, augmentation.interpolation)
+        if augmentation.distorts:
+            pixels = np.asarray(augmentation.distort(Image.fromarray(pixels), rng))
+        return pixels.transpose(2, 0, 1)
+
+
+def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarray:
+    """Resizes the shorter side (bicubic) and crops the centre, in one step and without the enlarged intermediate.
+
+    Args:
+        image: RGB picture, fully decoded.
+        image_size: Side of the square output in pixels.
+        resize_size: What the shorter side is resized to, at least image_size.
+
+    Returns:
+        uint8 [3, image_size, image_size], torchvision's Resize and CenterCrop up to rounding.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    # torchvision truncates the longer side to whole pixels, so the two axes are scaled slightly differently.
+    resized = (int(resize_size * width / shorter), int(resize_size * height / shorter))
+    scales = (width / resized[0], height / resized[1])
+    left, top = (round((side - image_size) / 2) for side in resized)
+    box = (
+        left * scales[0],
+        top * scales[1],
+        min(width, (left + image_size) * scales[0]),
+        min(height, (top + image_size) * scales[1]),
+    )
+    view = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+
+
+def align(box: Box, size: tuple[int, int], factor: int) -> Box:
+    """The box with its edges on multiples of `factor`, or on the picture's own edge.
+
+    Whether a picture is then decoded smaller or not, its crops are the same and consist of whole pixels.
+    """
+    left, top, right, bottom = (round(edge / factor) * factor for edge in box)
+    return left, top, min(right, size[0]), min(bottom, size[1])
+
+
+def _centre_box(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
+    width, height = size
+    crop_width = min(width, round(height * ratio[1]))
+    crop_height = min(height, round(width / ratio[0]))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + max(1, crop_width), top + max(1, crop_height)
+
+
+class _Hue:
+    """Turns the hue, called as Pillow's enhancers are."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self._image = image
+
+    def enhance(self, turn: float) -> Image.Image:
+        return Image.fromarray(turn_hue(np.asarray(self._image), turn))
+
+
+def _factor(strength: float, rng: np.random.Generator) -> float:
+    return rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
+
+
+def _check_range(name: str, value: tuple[float, float], limit: float) -> None:
+    low, high = value
+    if not 0 < low <= high <= limit:
+        raise DataError(f"image augmentation: {name} is {value}, expected 0 < low <= high <= {limit:g}")
+
+
+AUGMENTATIONS = {
+    "none": ImageAugmentation(),
+    # The single view of plain CLIP and SLIP's base view.
+    "clip": ImageAugmentation(crop_scale=(0.5, 1.0), crop_ratio=(3 / 4, 4 / 3)),
+    # Both views of DeCLIP, SLIP's two augmented views (Chen et al. 2020, MoCo v2).
+    "moco_v2": ImageAugmentation(
+        crop_scale=(0.2, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        jitter_probability=0.8,
+        grayscale_probability=0.2,
+        blur_probability=0.5,
+        flip_probability=0.5,
+    ),
+    # The two views of A-CLIP (Yang et al. 2023): no flip, as attention is carried over by the crop boxes.
+    "aclip": ImageAugmentation(
+        crop_scale=(0.5, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        jitter_probability=0.8,
+        grayscale_probability=0.2,
+        blur_probability=0.1,
+        solarize_probability=0.2,
+    ),
+    # Captions of symbols name colours, sides and directions: no flip, no hue, no grayscale, no strong crop or rotation.
+    "glyph": ImageAugmentation(
+        crop_scale=(0.85, 1.0),
+        crop_ratio=(0.85, 1.18),
+        rotation=8.0,
+        shift=0.06,
+        brightness=0.3,
+        contrast=0.4,
+        jitter_probability=0.8,
+        blur_probability=0.3,
+        blur_sigma=(0.1, 0.8),
+    ),
+}

@@ -1,0 +1,384 @@
+"""Shard indexes of a data set: found, made where missing, and kept.
+
+An index is an .npz file beside its shard (`SHARD.index.npz`, written by `python -m data.index`) or in the cache folder
+of the project, named by the path, size and modification time of the shard. It holds about 50 bytes per sample; a run
+keeps only the sample counts in memory and loads the rest shard by shard when needed.
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from data.shards.cache import atomic_path, cache_dir
+from data.errors import DataError, printable
+from data.shards.remote import FetchError, RemoteCache, display_name
+from data.shards.shard_index import ShardIndex, ShardMeta, load_meta, scan_stream
+from data.shards.sources import Source, is_remote, parse_sources
+from data.shards.tar_reader import has_end_mark
+
+_SCAN_BUFFER = 64 << 10
+_THREADS = 8
+# How often a remote shard that looks cut short is fetched before that is believed.
+_SCANS = 3
+# Opening fewer indexes than this one by one takes less than a second.
+_SUMMARY_FROM = 512
+_Result = TypeVar("_Result")
+_Found = TypeVar("_Found", ShardIndex, ShardMeta)
+
+
+@dataclass(frozen=True)
+class IndexedSource:
+    """A source with the totals of its shards.
+
+    Args:
+        name: See `data.shards.sources.Source`.
+        shards: Paths or URLs.
+        weight: See `data.shards.sources.Source`.
+        counts: int64 [shards], usable samples of each shard.
+        sizes: int64 [shards], bytes of each shard.
+        num_excluded: Samples that lack what is needed, over all shards.
+        captions: Whether every sample needs a caption (training); else a class label will do.
+        num_uncaptioned: Samples among the usable ones that have a label only.
+    """
+
+    name: str
+    shards: tuple[str, ...]
+    weight: float | int | str | Fraction
+    counts: np.ndarray
+    sizes: np.ndarray
+    num_excluded: int = 0
+    captions: bool = True
+    num_uncaptioned: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples of the source."""
+        return int(self.counts.sum())
+
+
+def fingerprint(sources: Sequence[IndexedSource]) -> str:
+    """Returns a hex digest of a data set: source names and weights, shard base names, sizes and sample counts.
+
+    Folders and hosts are left out, so a data set may move between runs.
+
+    Args:
+        sources: In order.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for source in sources:
+        names = [os.path.basename(display_name(shard)) for shard in source.shards]  # noqa: PTH119 - also URLs
+        digest.update(repr((source.name if len(sources) > 1 else "", str(source.weight), names)).encode())
+        digest.update(source.sizes.astype("<i8").tobytes() + source.counts.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class IndexStore:
+    """Finds, makes and keeps the indexes of shards.
+
+    Args:
+        cache: Cache folder of the project.
+        remote: Where remote shards are fetched to.
+    """
+
+    cache: Path
+    remote: RemoteCache
+
+    @staticmethod
+    def create(cache: Path | None = None, **remote_options: object) -> "IndexStore":
+        """Makes a store in a cache folder.
+
+        Args:
+            cache: Default: the cache folder of the project.
+            **remote_options: Options of `RemoteCache`.
+        """
+        cache = Path(cache) if cache is not None else cache_dir()
+        return IndexStore(cache, RemoteCache(cache / "remote", **remote_options))
+
+    def load(self, shard: str, *, rebuild: bool = False) -> ShardIndex:
+        """Returns the index of a shard, scanned and kept if there is none yet.
+
+        Args:
+            shard: Path or URL.
+            rebuild: Scan even if there is an index.
+
+        Raises:
+            DataError: If the shard is missing, unreadable, damaged or without usable samples.
+        """
+        found = None if rebuild else self._find(shard, ShardIndex.load)
+        if found is not None:
+            return found
+        index = self._fetch_or_scan_remote(shard) if is_remote(shard) else scan_shard(shard)
+        index.save(self._cached_path(shard, index.file_size, index.mtime_ns))
+        return index
+
+    def load_meta(self, shard: str) -> ShardMeta:
+        """Returns the totals of a shard; see `load`."""
+        found = self._find(shard, load_meta)
+        if found is not None:
+            return found
+        index = self.load(shard)
+        captioned = int(index.captioned.sum())
+        return ShardMeta(index.file_size, index.mtime_ns, index.num_samples, len(index.excluded), captioned)
+
+    def _cached_path(self, shard: str, file_size: int, mtime_ns: int) -> Path:
+        identity = shard if is_remote(shard) else f"{Path(shard).absolute()}\n{file_size}\n{mtime_ns}"
+        name = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return self.cache / "index" / name[:2] / f"{name}.npz"
+
+    def _find(self, shard: str, read: Callable[[Path], _Found]) -> _Found | None:
+        """Reads the index beside a shard, or the one in the cache, if it belongs to the present file."""
+        size, mtime_ns = (0, 0) if is_remote(shard) else _file_identity(shard)
+        candidates = [self._cached_path(shard, size, mtime_ns)]
+        if not is_remote(shard):
+            candidates.insert(0, sidecar_path(shard))
+        for path in candidates:
+            try:
+                found = read(path)
+            except DataError:
+                continue
+            if is_remote(shard) or found.file_size == size:
+                return found
+        return None
+
+    def _fetch_or_scan_remote(self, shard: str) -> ShardIndex:
+        try:
+            content = None if shard.startswith("pipe:") else self.remote.fetch_bytes(sidecar_url(shard))
+            if content is not None:
+                # A server may answer anything where there is no index.
+                with suppress(DataError):
+                    return ShardIndex.load(io.BytesIO(content))
+            return self._scan_remote(shard)
+        except FetchError as error:
+            raise DataError(f"{error.reason}; check the URL and the network") from None
+
+    def _scan_remote(self, shard: str) -> ShardIndex:
+        """Scans a fetched shard; one that is damaged, or may have been cut between two members, is fetched again."""
+        for attempt in range(_SCANS - 1):
+            with self.remote.open(shard) as stream, suppress(DataError):
+                size = os.fstat(stream.fileno()).st_size
+                index = scan_stream(stream, size, name=display_name(shard))
+                # Archives without an end mark exist; most that lack it have lost their second part on the way.
+                if has_end_mark(stream, size):
+                    return index
+            self.remote.discard(shard)
+            self.remote.pause(attempt)
+        try:
+            with self.remote.open(shard) as stream:
+                return scan_stream(stream, os.fstat(stream.fileno()).st_size, name=display_name(shard))
+        except DataError:
+            # Not kept: the next start should find what the server has by then.
+            self.remote.discard(shard)
+            raise
+
+
+def sidecar_path(shard: str) -> Path:
+    """Returns where the index beside a local shard is."""
+    return Path(f"{shard}.index.npz")
+
+
+def sidecar_url(shard: str) -> str:
+    """Returns where the index beside a remote shard is; a query stays at the end."""
+    address, mark, query = shard.partition("?")
+    return f"{address}.index.npz{mark}{query}"
+
+
+def _file_identity(shard: str) -> tuple[int, int]:
+    try:
+        status = Path(shard).stat()
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror}; check the path and its permissions") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def scan_shard(shard: str) -> ShardIndex:
+    """Builds the index of a local shard in one pass over its headers.
+
+    Args:
+        shard: Path.
+
+    Raises:
+        DataError: If the shard is missing, unreadable, damaged or without usable samples.
+    """
+    try:
+        with Path(shard).open("rb", buffering=_SCAN_BUFFER) as stream:
+            status = os.fstat(stream.fileno())
+            return scan_stream(stream, status.st_size, name=shard, mtime_ns=status.st_mtime_ns)
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror}; check the path and its permissions") from None
+
+
+def _in_threads(work: Callable[[str], _Result], shards: Sequence[str]) -> list[_Result]:
+    """Maps over shards in threads; one error names the first bad shard and counts the others."""
+
+    def attempt(shard: str) -> _Result | DataError:
+        try:
+            return work(shard)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = list(pool.map(attempt, shards))
+    errors = [result for result in results if isinstance(result, DataError)]
+    if errors:
+        more = f" (and {len(errors) - 1} more shards with errors)" if len(errors) > 1 else ""
+        raise DataError(f"{errors[0]}{more}")
+    return results
+
+
+def index_shards(
+    shards: Sequence[str],
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    store: IndexStore | None = None,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Makes the missing indexes of this rank's share of the shards.
+
+    There is no communication in here: ranks take shards rank::world_size, and a barrier after it lets every rank read
+    what the others made.
+
+    Args:
+        shards: All shards, the same list on every rank.
+        rank: 0 <= rank < world_size.
+        world_size: Ranks that share the work.
+        store: Where indexes are kept; default: the cache folder of the project.
+        progress: Called after each shard, from several threads.
+
+    Raises:
+        DataError: For the first shard that cannot be used, after all were tried.
+    """
+    store = store or IndexStore.create()
+
+    def work(shard: str) -> None:
+        store.load_meta(shard)
+        if progress is not None:
+            progress()
+
+    _in_threads(work, shards[rank::world_size])
+
+
+def load_sources(
+    sources: Sequence[Source], store: IndexStore | None = None, *, captions: bool = True
+) -> list[IndexedSource]:
+    """Collects the totals of every shard; what has no index yet is scanned.
+
+    Args:
+        sources: From `data.shards.sources.parse_sources`.
+        store: Where indexes are kept; default: the cache folder of the project.
+        captions: False also takes samples that have a class label but no caption, for evaluation.
+
+    Raises:
+        DataError: For the first shard that cannot be used.
+    """
+    store = store or IndexStore.create()
+    return [_load_source(source, store, captions) for source in sources]
+
+
+def _load_source(source: Source, store: IndexStore, captions: bool) -> IndexedSource:
+    counts, sizes, excluded, captioned = _load_totals(source.shards, store).T
+    if captions and not captioned.all():
+        shard = source.shards[int(np.argmin(captioned))]
+        raise DataError(f"{display_name(shard)}: no sample has a caption, only class labels; training needs KEY.txt")
+    uncaptioned = int((counts - captioned).sum())
+    return IndexedSource(
+        name=source.name,
+        shards=source.shards,
+        weight=source.weight,
+        counts=captioned if captions else counts,
+        sizes=sizes,
+        num_excluded=int(excluded.sum()) + (uncaptioned if captions else 0),
+        captions=captions,
+        num_uncaptioned=0 if captions else uncaptioned,
+    )
+
+
+def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
+    """Returns int64 [shards, 4]: samples, bytes, excluded samples, samples with captions."""
+    if len(shards) < _SUMMARY_FROM:
+        return _totals_one_by_one(shards, store)
+    # A stat per shard is some ten times cheaper than opening its index, above all on a network file system.
+    identities = _in_threads(lambda shard: (0, 0) if is_remote(shard) else _file_identity(shard), shards)
+    digest = hashlib.blake2b(repr(list(zip(shards, identities, strict=True))).encode("utf-8", "surrogateescape"))
+    path = store.cache / "index" / "summaries" / f"{digest.hexdigest()[:32]}.npy"
+    try:
+        totals = np.load(path, allow_pickle=False)
+        if totals.shape == (len(shards), 4) and totals.dtype == np.int64:
+            return totals
+    except (OSError, ValueError, EOFError):
+        pass
+    totals = _totals_one_by_one(shards, store)
+    with atomic_path(path) as temporary:
+        np.save(temporary, totals)
+    return totals
+
+
+def _totals_one_by_one(shards: Sequence[str], store: IndexStore) -> np.ndarray:
+    metas = _in_threads(store.load_meta, shards)
+    rows = [(meta.num_samples, meta.file_size, meta.num_excluded, meta.num_captioned) for meta in metas]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.index",
+        description="Scan shards once and write an index beside each (SHARD.index.npz), so that runs start at once. "
+        "Publish the indexes with the shards and remote runs need no scan either.",
+        epilog="examples:\n"
+        "  python -m data.index unicode-symbols          index the built-in set and print its totals\n"
+        "  python -m data.index 'shards/{00000..00099}.tar' --force\n"
+        "  python -m data.index /data/cc3m --cache       keep the indexes in the cache folder instead",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", help="paths, folders, wildcards, brace ranges, URLs or built-in names")
+    parser.add_argument("--cache", action="store_true", help="write to the cache folder, not beside the shards")
+    parser.add_argument("--force", action="store_true", help="scan again even where there is an index")
+    parser.add_argument("--excluded", action="store_true", help="list samples that lack an image or a caption")
+    return parser
+
+
+def _index_one(shard: str, store: IndexStore, arguments: argparse.Namespace) -> tuple[str, ShardIndex]:
+    index = store.load(shard, rebuild=arguments.force)
+    if not arguments.cache and not is_remote(shard):
+        try:
+            index.save(sidecar_path(shard))
+        except OSError as error:
+            raise DataError(f"{sidecar_path(shard)}: {error.strerror}; use --cache to write elsewhere") from None
+    return shard, index
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    store = IndexStore.create()
+    try:
+        (source,) = parse_sources(arguments.shards)
+        samples, excluded = 0, 0
+        for shard, index in _in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
+            usable, labels = index.with_captions(), int((~index.captioned).sum())
+            only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
+            print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
+            samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)
+            for key, reason in usable.excluded if arguments.excluded else ():
+                print(f"  excluded {printable(key)}: {reason}")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"total: {len(source.shards)} shards, {samples} samples, {excluded} excluded")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

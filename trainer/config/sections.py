@@ -1,0 +1,371 @@
+"""Typed run configuration: a recipe (YAML), dotted overrides, one clear error for every mistake."""
+
+import difflib
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.errors import ConfigError
+from trainer.config.safe_yaml import YamlError, parse_yaml
+
+RECIPE_DIR = Path(__file__).resolve().parents[1] / "recipes"
+# Nothing real nests recipes deeper; a longer chain is a cycle.
+_MAX_EXTENDS = 8
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values are frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Towers. `name` is an architecture of `models.registry`, `timm:<model>` or `hf:<hub name or folder>`."""
+
+    name: str
+    # A text tower of transformers, `hf:<hub name or folder>` or `hf:builtin/bert_base`; None: the architecture's own.
+    text_name: str | None = None
+    embed_dim: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=8)
+    context_length: int = Field(77, ge=4)
+    image_pooling: Literal["auto", "cls", "mean", "pooler"] = "auto"
+    text_pooling: Literal["auto", "cls", "mean", "last", "pooler"] = "auto"
+    image_projection: Literal["linear", "none"] = "linear"
+    text_projection: Literal["linear", "none"] = "linear"
+    text_projection_bias: bool = False
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # Of pixels in [0, 1]; ImageNet's, as DeCLIP.
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Weights to start from: of the whole model, or of the backbones of timm and Hugging Face towers alone.
+    pretrained: str | None = None
+    pretrained_format: Literal["auto", "native", "openclip", "openai", "huggingface", "declip", "slip"] = "auto"
+    image_pretrained: bool | str = False
+    text_pretrained: bool = False
+    lock_image: bool = False
+    lock_image_unlocked_groups: int = Field(0, ge=0)
+    lock_text: bool = False
+    lock_text_unlocked_groups: int = Field(0, ge=0)
+    freeze_patch_embed: bool = False
+    activation_checkpointing: bool = False
+    patch_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    batch_norm: Literal["sync", "local"] = "sync"
+
+
+class DataConfig(Section):
+    """Shards, order and views. `train` is a path, brace range, list, URL, built-in name or {pattern: weight}."""
+
+    train: str | list[str] | dict[str, float]
+    # One augmentation per role a method asks for (`base`, `augmented`): a preset name, or {preset: ..., field: value}.
+    augmentation: dict[str, str | dict[str, Any]] = {}
+    workers: int | Literal["auto"] = "auto"
+    prefetch: int = Field(4, ge=1)
+    shuffle_window: int = Field(8192, ge=1)
+    lanes: int | Literal["auto"] = "auto"
+    # `auto`: CLIP's, or the one that belongs to a Hugging Face text tower. Also `clip` and `hf:<hub name or folder>`.
+    tokenizer: str = Field("auto", pattern="^(auto|clip|hf:.+)$")
+    # CLIP's tokenizer only: DeCLIP's id convention, with a mask token.
+    mask_token: bool = False
+    synonyms: str | None = None
+    max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
+    max_image_pixels: int = Field(89_478_485, ge=1)
+    max_caption_chars: int = Field(4096, ge=1)
+    allow_pipe: bool = False
+    cache_dir: str | None = None
+    cache_gib: float = Field(100.0, gt=0.0)
+
+
+class EvalSet(Section):
+    """One evaluation set: a folder in CLIP_benchmark's layout, an image folder, or shards for retrieval only."""
+
+    data: str
+    tasks: list[Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "bias"]] = ["zero_shot", "retrieval"]
+    max_samples: int | None = Field(None, ge=1)
+    # A file with one per line, or a list that open_clip ships: `imagenet`; `openai_imagenet`, `simple_imagenet`.
+    class_names: str | None = None
+    templates: str | None = None
+    # The bias probe: class names by category, and the key of the .json member that tells a picture's group.
+    probe: dict[str, list[str]] = {}
+    probe_group: str = "group"
+
+
+class EvalConfig(Section):
+    """In-loop evaluation, spread over all ranks. `every: 0` evaluates only at the end."""
+
+    every: int = Field(0, ge=0)
+    at_end: bool = True
+    batch_size: int = Field(256, ge=1)
+    # Shorter side before the centre crop; None resizes straight to the model's image size.
+    resize_size: int | None = Field(None, ge=8)
+    sets: dict[str, EvalSet] = {}
+
+
+class TrainConfig(Section):
+    """Length, batch and numerics of a run.
+
+    `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
+    `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
+    `ema_decay`: keep a moving average of the weights with this decay, evaluate it, and export it by default.
+    """
+
+    steps: int = Field(ge=1)
+    stop_after: int | None = Field(None, ge=1)
+    global_batch_size: int = Field(ge=2)
+    micro_batch_size: int | Literal["auto"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    communication_dtype: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(0, ge=0, lt=2**31)
+    log_every: int = Field(10, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    timeout_minutes: float = Field(30.0, gt=0.0)
+    verify_replicas_every: int = Field(0, ge=0)
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+
+
+class OptimizerConfig(Section):
+    """`auto`: torch's fused AdamW, or DeepSpeed's CPUAdam under offload."""
+
+    name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "cpu_adam", "sgd"] = "auto"
+    lr: float = Field(gt=0.0)
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0.0)
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    nesterov: bool = True
+    weight_decay: float = Field(0.1, ge=0.0)
+    gradient_clipping: float = Field(0.0, ge=0.0)
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up from `start_lr` to `optimizer.lr`, then cosine to `end_lr` at `train.steps`."""
+
+    warmup_steps: int = Field(0, ge=0)
+    start_lr: float = Field(0.0, ge=0.0)
+    end_lr: float = Field(0.0, ge=0.0)
+
+
+class CheckpointConfig(Section):
+    """`every: 0` saves only at the end; `keep_every` keeps each checkpoint whose step it divides."""
+
+    every: int = Field(0, ge=0)
+    keep_last: int = Field(3, ge=1)
+    keep_every: int = Field(0, ge=0)
+
+
+class GuardConfig(Section):
+    """When a run goes back to its last good checkpoint and leaves out the samples it saw since.
+
+    `max_skipped` steps in a row without finite gradients or, where `spike_factor` is not 0, `spike_steps` in a row with
+    a loss above the median of the last `spike_window` good ones by `spike_factor` times their spread (scaled median
+    absolute deviation, at least 1 % of the median). Looked at on logged steps. Going back more than `max_rollbacks`
+    times ends the run.
+    """
+
+    max_skipped: int = Field(20, ge=1)
+    spike_factor: float = Field(0.0, ge=0.0)
+    spike_window: int = Field(200, ge=2)
+    spike_steps: int = Field(10, ge=1)
+    max_rollbacks: int = Field(3, ge=0)
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+class RunConfig(Section):
+    """Everything a run is made of. `method` is validated by the method it names (`trainer.methods`)."""
+
+    recipe: str = ""
+    model: ModelConfig
+    method: dict[str, Any]
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if "name" not in self.method:
+            raise ValueError("method.name is missing")
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is longer than train.steps {self.train.steps}; "
+                "shorten the warm-up or train longer"
+            )
+        micro = self.train.micro_batch_size
+        if micro != "auto" and (micro < 1 or self.train.global_batch_size % micro):
+            raise ValueError(
+                f"train.micro_batch_size {micro} does not divide train.global_batch_size "
+                f"{self.train.global_batch_size}; use 'auto' or a divisor"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the project, sorted."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def load_config(recipe: str, overrides: dict[str, str] | None = None) -> RunConfig:
+    """Read a recipe and apply dotted overrides.
+
+    Args:
+        recipe: Name of a file in `trainer/recipes`, or a path to any YAML file.
+        overrides: Dotted key to YAML text, e.g. {"optimizer.lr": "5e-4"}.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: Unknown recipe or key, wrong type, value out of range.
+    """
+    tree = _read_recipe(recipe)
+    name = tree.pop("recipe", None) or Path(recipe).stem
+    for key, text in (overrides or {}).items():
+        _set_dotted(tree, key, _parse_scalar(key, text))
+    return parse_config({"recipe": name, **tree})
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """Validate a plain tree into a RunConfig; raises ConfigError naming the key, the value and the fix."""
+    from trainer.methods import parse_method
+
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, RunConfig)) from None
+    name, settings = parse_method(config.method)
+    return config.model_copy(update={"method": {"name": name, **settings.model_dump()}})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def validate_section(section: type[Section], values: dict[str, Any], prefix: str) -> Any:
+    """Validate one section on its own (used for method settings), with errors prefixed by its place."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, section, prefix)) from None
+
+
+def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
+    if depth > _MAX_EXTENDS:
+        raise ConfigError(f"recipe '{recipe}': 'extends' goes round in a circle; remove one of the links")
+    tree = _read_yaml(_recipe_path(recipe))
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe '{recipe}': 'extends' must be the name of one recipe, got {parent!r}")
+    return _merge(_read_recipe(parent, depth + 1), tree)
+
+
+def _recipe_path(recipe: str) -> Path:
+    named = RECIPE_DIR / f"{recipe}.yaml"
+    # A name too long for a file is no file.
+    with suppress(OSError):
+        if "/" not in recipe and named.is_file():
+            return named
+        path = Path(recipe)
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} must be a mapping of sections (model, method, data, train, ...)")
+    return tree
+
+
+# Replaced whole by a child recipe: merging two weightings or two role tables would be a third that nobody wrote.
+_REPLACED_WHOLE = {"data.train", "data.augmentation", "eval.sets"}
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    # Settings of another method make no sense under this one.
+    if prefix == "method." and child.get("name", base.get("name")) != base.get("name"):
+        return child
+    merged = dict(base)
+    for key, value in child.items():
+        path = f"{prefix}{key}"
+        old = merged.get(key)
+        mergeable = isinstance(old, dict) and isinstance(value, dict) and path not in _REPLACED_WHOLE
+        merged[key] = _merge(old, value, f"{path}.") if mergeable else value
+    return merged
+
+
+def _parse_scalar(key: str, text: str) -> Any:
+    # Brace ranges are data, not YAML flow mappings.
+    if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
+        return text
+    try:
+        return parse_yaml(text)
+    except YamlError:
+        return text
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{dotted}: '{part}' holds a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
+    # Members of a union report their type name as the last part; the key above it is what the user wrote.
+    known_types = ("int", "str", "float", "bool", "dict[", "list[")
+    while location and location[-1].startswith(known_types):
+        location.pop()
+    key = prefix + ".".join(location)
+    if first["type"] == "extra_forbidden":
+        location = [str(part) for part in first["loc"]]
+        key = prefix + ".".join(location)
+        names = _field_names(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], names, n=1)
+        hint = f"did you mean '{prefix}{'.'.join([*location[:-1], close[0]])}'?" if close else f"known: {names}"
+        return f"unknown key '{key}': {hint}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing: add it to the recipe or pass --{key} VALUE"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return f"{key}: {reason}" if key else reason
+    given = repr(first["input"])
+    return f"{key}: got {given[:80]}, but {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _field_names(model: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
