@@ -17,8 +17,8 @@ from benchmarks.processes import Job, Peer, Runner, interleave
 from benchmarks.report import OURS, Row, Target, compare
 from benchmarks.workload import make_batch, make_method, make_model, make_peer, peer_inputs, split_batch
 from losses import contrastive_terms, normalize
-from models.weights.open_clip_mapping import from_open_clip
 from models.registry import ARCHITECTURES
+from models.weights.open_clip_mapping import from_open_clip
 
 NAME = "accumulation"
 _WHOLE = "our whole batch"

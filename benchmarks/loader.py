@@ -125,12 +125,12 @@ def encode_jpeg(photo: Image.Image, size: int) -> bytes:
 
 def measure_ours(shards: list[str], cache: str, batch_size: int, batches: int, repeats: int) -> Measurement:
     """Our loader in this process: indexed shards, the exact global order, uint8 batches."""
+    from data.captions.tokenizer import ClipTokenizer
     from data.images.augment import ImageAugmentation
-    from data.shards.index_store import IndexStore, load_sources
     from data.loader import build_train_loader
     from data.sample import SampleTransform
+    from data.shards.index_store import IndexStore, load_sources
     from data.shards.sources import Source
-    from data.captions.tokenizer import ClipTokenizer
 
     store = IndexStore.create(Path(cache))
     view = ImageAugmentation(crop_scale=_CROP_SCALE, crop_ratio=_CROP_RATIO, interpolation="bicubic")

@@ -11,8 +11,8 @@ from benchmarks.processes import Job, Peer, Runner, check_agreement, interleave
 from benchmarks.report import OURS, Row, Target, compare
 from benchmarks.workload import make_batch, make_method, make_model, make_peer, peer_inputs
 from trainer.config.sections import OptimizerConfig
-from trainer.methods import Method
 from trainer.engine.optimizer import build_optimizer, parameter_groups
+from trainer.methods import Method
 
 NAME = "train_step"
 _OPTIMIZER = OptimizerConfig(name="adamw", lr=5e-4)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
-from models.weights.open_clip_mapping import to_open_clip
 from models.registry import ARCHITECTURES, HEAD_WIDTH, build_model
+from models.weights.open_clip_mapping import to_open_clip
 from trainer.methods import METHODS, Method, parse_method
 
 CONTEXT_LENGTH = 77

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.errors import BadSample, DataError
 from data.image_folder import ImageFolder
-from data.shards.index_store import IndexedSource, IndexStore
 from data.order import GlobalOrder
-from data.shards.reader import RawSample, ReadLimits, SampleReader
 from data.rng import keyed_hash
+from data.shards.index_store import IndexedSource, IndexStore
+from data.shards.reader import RawSample, ReadLimits, SampleReader
 
 MAX_REPLACEMENTS = 100
 _SHARED_MEMORY = Path("/dev/shm")

@@ -19,11 +19,11 @@ from filelock import FileLock
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from data.shards.cache import cache_dir as default_cache_dir
 from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
 from data.builtin.splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
 from data.rng import keyed_permutation
+from data.shards.cache import cache_dir as default_cache_dir
 
 __all__ = ["NAME", "VERSION", "UnicodeSymbols", "ensure_unicode_symbols", "render_unicode_symbols", "resolve_builtin"]
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from data.dataset import EvalDataset, FolderDataset, TrainDataset, TrainTransform
 from data.errors import DataError
 from data.image_folder import ImageFolder
-from data.shards.index_store import IndexedSource, IndexStore, fingerprint
 from data.order import DEFAULT_SHUFFLE_WINDOW, GlobalOrder, OrderSource
 from data.prefetch import ShardPrefetcher
+from data.shards.index_store import IndexedSource, IndexStore, fingerprint
 from data.shards.reader import ReadLimits
 from data.shards.sources import is_remote
 from data.worker import (

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.images.decode import DEFAULT_MAX_PIXELS, open_image
 from data.image_folder import ImageFolder
-from data.shards.index_store import IndexedSource, IndexStore
+from data.images.decode import DEFAULT_MAX_PIXELS, open_image
 from data.loader import build_eval_loader
+from data.shards.index_store import IndexedSource, IndexStore
 
 HASH_BITS = 64
 DEFAULT_DISTANCE = 4

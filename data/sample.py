@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.captions.eda import Eda, load_synonyms
+from data.captions.mlm import mask_tokens
+from data.captions.tokenizer import CaptionTokenizer
+from data.errors import BadSample, DataError
 from data.images.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
 from data.images.context import views_in_context
 from data.images.decode import DEFAULT_MAX_PIXELS, EncodedImage, check_max_pixels, open_image
-from data.captions.eda import Eda, load_synonyms
-from data.errors import BadSample, DataError
-from data.captions.mlm import mask_tokens
 from data.rng import keyed_rng
-from data.captions.tokenizer import CaptionTokenizer
 
 __all__ = ["TEXT_VIEWS", "EvalTransform", "SampleTransform", "SampleViews"]
 

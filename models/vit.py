@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from models.attentive_mask import ClassAttention
 from models.patch_dropout import kept_patches
-from models.weights.positions import resize_positions
 from models.sequences import Sequences, UniformSequences
 from models.transformer import Linear, Transformer
+from models.weights.positions import resize_positions
 
 
 class VisionTransformer(nn.Module):

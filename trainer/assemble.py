@@ -8,28 +8,28 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from data.captions.tokenizer import CaptionTokenizer
-from models.registry import build_model
-from trainer.ranks.agreement import on_main, together
+from trainer.building import build_method
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
-from trainer.engine.compilation import compile_towers
-from trainer.config.sections import RunConfig, dump_config, load_config
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
+from trainer.config.recipe import dump_config
+from trainer.config.sections import RunConfig
+from trainer.engine.compilation import compile_towers
 from trainer.engine.engine import Engine, init_distributed, select_device
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.files import write_atomically
 from trainer.guard import Guard
-from trainer.ranks.launch import Place
-from trainer.methods import METHODS, Method, parse_method
+from trainer.loading import load_config
 from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
+from trainer.pretrained import load_pretrained
+from trainer.ranks.agreement import on_main, together
+from trainer.ranks.launch import Place
 from trainer.ranks.preemption import STOPPED_EARLY, stop_if_told
-from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
+from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
-from trainer.ranks.watchdog import Watchdog
 
 DEFAULT_RECIPE = "demo"
 
@@ -161,27 +161,6 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         lock=lock,
         last_saved=state.step,
     )
-
-
-def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:
-    """Towers, heads and losses of the recipe, randomly initialised from torch's generator.
-
-    Raises:
-        ConfigError: A model the registry cannot build, or a method the data section cannot feed.
-    """
-    try:
-        model = build_model(vocab_size=tokenizer.vocab_size, **config.model.model_dump(exclude=WEIGHT_SETTINGS))
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-    name, settings = parse_method(config.method)
-    communication_dtype = torch.bfloat16 if config.train.communication_dtype == "bf16" else None
-    method = METHODS[name](model, settings, communication_dtype)
-    if "masked" in method.text_views and tokenizer.mask_id is None:
-        raise ConfigError(
-            f"method {name} masks captions, which needs a mask token: set data.mask_token true (or choose a "
-            "data.tokenizer that has one), or method.w_tss 0"
-        )
-    return method
 
 
 def _lock_run_dir(run_dir: Path) -> FileLock:

@@ -66,7 +66,7 @@ def configure(arguments: argparse.Namespace) -> Any:
     Raises:
         ConfigError: No run, a malformed set, a value out of range, or nothing to evaluate.
     """
-    from trainer.config.sections import parse_config
+    from trainer.loading import parse_config
     from trainer.trained import run_config
 
     tree = run_config(arguments.run_dir).model_dump(mode="json")
@@ -98,13 +98,13 @@ def configure(arguments: argparse.Namespace) -> Any:
 
 def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     """Load, evaluate, report. Collective."""
-    from trainer.ranks.agreement import on_main, together
     from trainer.engine.engine import init_distributed, select_device
     from trainer.evaluation import Evaluation
     from trainer.evaluation.results import benchmark_records, results_table, write_json
     from trainer.evaluation.robustness import read_baselines
     from trainer.metrics import Console
     from trainer.pipeline import resolve_workers
+    from trainer.ranks.agreement import on_main, together
     from trainer.trained import TrainedModel, load_trained
 
     config = configure(arguments)

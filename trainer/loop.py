@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.ranks.agreement import on_main
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
 from trainer.engine.ema import averaged_weights, update_average
+from trainer.engine.replicas import average_local_statistics, verify_replicas
 from trainer.errors import ConfigError, SaveError
 from trainer.metrics import evaluated_sets
-from trainer.ranks.preemption import STOPPED_EARLY, Preemption
 from trainer.preview import look_ahead
+from trainer.ranks.agreement import on_main
+from trainer.ranks.preemption import STOPPED_EARLY, Preemption
 from trainer.recovery import roll_back
-from trainer.engine.replicas import average_local_statistics, verify_replicas
 from trainer.reporting import judge_steps, log_step, rate, report_pending_bad_samples
 from trainer.state import Run
 

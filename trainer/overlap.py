@@ -71,7 +71,6 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from rich.table import Table
 
     from data.overlap import hash_pictures, nearest_within
-    from trainer.ranks.agreement import together
     from trainer.engine.engine import init_distributed, select_device
     from trainer.errors import ConfigError
     from trainer.evaluation import Evaluation
@@ -80,6 +79,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.evaluation.zero_shot import zero_shot_ranks
     from trainer.metrics import Console
     from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.ranks.agreement import together
     from trainer.trained import TrainedModel, load_trained, run_config
 
     if not 0 <= arguments.distance <= 15:

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from data.images.augment import AUGMENTATIONS, ImageAugmentation
-from data.shards.cache import cache_dir
+from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
 from data.errors import DataError
-from data.shards.index_store import IndexedSource, IndexStore, index_shards, load_sources
+from data.images.augment import AUGMENTATIONS, ImageAugmentation
 from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform, SampleViews
-from data.shards.sources import parse_sources
-from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
+from data.shards.cache import cache_dir
+from data.shards.index_store import IndexedSource, IndexStore, index_shards, load_sources
+from data.sources import parse_sources
 from models.hf_backbone import BUILTIN_PREFIX
 from models.registry import HF_PREFIX
-from trainer.ranks.agreement import together
-from trainer.config.sections import RunConfig
 from trainer.config.ds_config import BatchPlan
+from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
-from trainer.ranks.launch import Place
 from trainer.methods.base import Method
 from trainer.metrics import BAD_SAMPLES, writable
+from trainer.ranks.agreement import together
+from trainer.ranks.launch import Place
 
 _DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8

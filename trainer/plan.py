@@ -2,8 +2,9 @@
 
 import os
 
-from trainer.config.sections import RunConfig, dump_config
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed
+from trainer.config.recipe import dump_config
+from trainer.config.sections import RunConfig
 from trainer.methods.base import Method
 
 _FP32 = 4

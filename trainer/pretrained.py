@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
-from models.weights.fitting import fit_state
-from models.weights.foreign_layouts import convert, detect_format
 from models.hf_backbone import read_pixel_statistics
 from models.hf_towers import HfImageTower, HfTextTower
 from models.timm_tower import TimmTower
+from models.weights.fitting import fit_state
+from models.weights.foreign_layouts import convert, detect_format
 from models.weights.weight_files import read_weights
 from trainer.config.sections import ModelConfig
 from trainer.errors import ConfigError

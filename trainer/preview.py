@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from trainer.ranks.agreement import together
 from trainer.engine.replicas import average_local_statistics
+from trainer.ranks.agreement import together
 from trainer.state import Ahead, Run
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from trainer.ranks.agreement import on_main, together
 from trainer.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -14,6 +13,7 @@ from trainer.checkpoint import (
 from trainer.errors import ConfigError
 from trainer.guard import Trouble
 from trainer.metrics import truncate_records
+from trainer.ranks.agreement import on_main, together
 from trainer.state import Run, Window
 
 _ADVICE = (

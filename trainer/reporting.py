@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.sections import RunConfig
-from trainer.errors import ConfigError
-from trainer.guard import BadStep
 from trainer.engine.replicas import has_finite_buffers
 from trainer.engine.schedule import learning_rate
+from trainer.errors import ConfigError
+from trainer.guard import BadStep
 from trainer.state import Run
 
 # The logged data_hash is a sum of sample fingerprints modulo this: the same number at any world size, and 2^15 ranks

@@ -10,14 +10,14 @@ from filelock import FileLock
 from torch import Tensor
 
 from trainer.checkpoint import TrainerState
-from trainer.config.sections import RunConfig
 from trainer.config.ds_config import BatchPlan
+from trainer.config.sections import RunConfig
 from trainer.engine.engine import Engine
 from trainer.evaluation import Evaluation
 from trainer.guard import Guard
-from trainer.ranks.launch import Place
 from trainer.metrics import Console, MetricsWriter
 from trainer.pipeline import TrainData
+from trainer.ranks.launch import Place
 from trainer.ranks.watchdog import Watchdog
 
 

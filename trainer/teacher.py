@@ -94,12 +94,12 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
-    from trainer.ranks.agreement import on_main, together
-    from trainer.config.sections import load_config
     from trainer.engine.engine import init_distributed, select_device
     from trainer.errors import ConfigError
+    from trainer.loading import load_config
     from trainer.metrics import Console
     from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.ranks.agreement import on_main, together
 
     config = load_config(arguments.recipe, {} if arguments.data is None else {"data.train": arguments.data})
     device = select_device(arguments.device, place)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from data.captions.tokenizer import CaptionTokenizer
-from trainer.assemble import build_method
+from trainer.building import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.checkpoint.shards import read_optimizer_state, read_weights
-from trainer.config.sections import RunConfig, load_config
+from trainer.config.sections import RunConfig
 from trainer.engine.ema import AVERAGE
 from trainer.errors import ConfigError
+from trainer.loading import load_config
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer
 

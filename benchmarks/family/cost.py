@@ -19,10 +19,10 @@ def measure_steps(recipe: str) -> Measurement:
     ProtoCLIP is measured over a whole episode with prototypes, the features before it and their clustering included.
     """
     from trainer.assemble import assemble
-    from trainer.config.sections import load_config
-    from trainer.ranks.launch import find_place
+    from trainer.loading import load_config
     from trainer.loop import train_step
     from trainer.preview import look_ahead
+    from trainer.ranks.launch import find_place
 
     overrides = {"checkpoint.every": "0"}
     config = load_config(recipe, overrides)

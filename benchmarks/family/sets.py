@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.family.methods import Data
 from data.shards.index_store import IndexStore, load_sources
-from data.shards.sources import parse_sources
+from data.sources import parse_sources
 
 _TASKS = ["zero_shot", "retrieval"]
 _MAX_MEMBER_BYTES = 16 << 20

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from data.images.decode import EncodedImage, shrink_factor
 from data.errors import DataError
+from data.images.decode import EncodedImage, shrink_factor
 from data.images.pixels import gaussian_blur, resize_crop, turn_hue
 
 __all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "Box", "Cutter", "ImageAugmentation", "align", "eval_view", "random_views"]

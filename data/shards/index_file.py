@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.shards.cache import atomic_path
 from data.errors import DataError, printable
+from data.shards.cache import atomic_path
 
 # Far above the index of any shard that can be indexed; see `data.shards.tar_reader`.
 MAX_INDEX_BYTES = 1 << 30

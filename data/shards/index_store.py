@@ -5,11 +5,9 @@ of the project, named by the path, size and modification time of the shard. It h
 keeps only the sample counts in memory and loads the rest shard by shard when needed.
 """
 
-import argparse
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,11 +18,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from data.errors import DataError
 from data.shards.cache import atomic_path, cache_dir
-from data.errors import DataError, printable
 from data.shards.remote import FetchError, RemoteCache, display_name
 from data.shards.shard_index import ShardIndex, ShardMeta, load_meta, scan_stream
-from data.shards.sources import Source, is_remote, parse_sources
+from data.shards.sources import Source, is_remote
 from data.shards.tar_reader import has_end_mark
 
 _SCAN_BUFFER = 64 << 10
@@ -219,7 +217,7 @@ def scan_shard(shard: str) -> ShardIndex:
         raise DataError(f"{shard}: {error.strerror}; check the path and its permissions") from None
 
 
-def _in_threads(work: Callable[[str], _Result], shards: Sequence[str]) -> list[_Result]:
+def in_threads(work: Callable[[str], _Result], shards: Sequence[str]) -> list[_Result]:
     """Maps over shards in threads; one error names the first bad shard and counts the others."""
 
     def attempt(shard: str) -> _Result | DataError:
@@ -267,7 +265,7 @@ def index_shards(
         if progress is not None:
             progress()
 
-    _in_threads(work, shards[rank::world_size])
+    in_threads(work, shards[rank::world_size])
 
 
 def load_sources(
@@ -310,7 +308,7 @@ def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
     if len(shards) < _SUMMARY_FROM:
         return _totals_one_by_one(shards, store)
     # A stat per shard is some ten times cheaper than opening its index, above all on a network file system.
-    identities = _in_threads(lambda shard: (0, 0) if is_remote(shard) else _file_identity(shard), shards)
+    identities = in_threads(lambda shard: (0, 0) if is_remote(shard) else _file_identity(shard), shards)
     digest = hashlib.blake2b(repr(list(zip(shards, identities, strict=True))).encode("utf-8", "surrogateescape"))
     path = store.cache / "index" / "summaries" / f"{digest.hexdigest()[:32]}.npy"
     try:
@@ -326,59 +324,6 @@ def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
 
 
 def _totals_one_by_one(shards: Sequence[str], store: IndexStore) -> np.ndarray:
-    metas = _in_threads(store.load_meta, shards)
+    metas = in_threads(store.load_meta, shards)
     rows = [(meta.num_samples, meta.file_size, meta.num_excluded, meta.num_captioned) for meta in metas]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.index",
-        description="Scan shards once and write an index beside each (SHARD.index.npz), so that runs start at once. "
-        "Publish the indexes with the shards and remote runs need no scan either.",
-        epilog="examples:\n"
-        "  python -m data.index unicode-symbols          index the built-in set and print its totals\n"
-        "  python -m data.index 'shards/{00000..00099}.tar' --force\n"
-        "  python -m data.index /data/cc3m --cache       keep the indexes in the cache folder instead",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("shards", nargs="+", help="paths, folders, wildcards, brace ranges, URLs or built-in names")
-    parser.add_argument("--cache", action="store_true", help="write to the cache folder, not beside the shards")
-    parser.add_argument("--force", action="store_true", help="scan again even where there is an index")
-    parser.add_argument("--excluded", action="store_true", help="list samples that lack an image or a caption")
-    return parser
-
-
-def _index_one(shard: str, store: IndexStore, arguments: argparse.Namespace) -> tuple[str, ShardIndex]:
-    index = store.load(shard, rebuild=arguments.force)
-    if not arguments.cache and not is_remote(shard):
-        try:
-            index.save(sidecar_path(shard))
-        except OSError as error:
-            raise DataError(f"{sidecar_path(shard)}: {error.strerror}; use --cache to write elsewhere") from None
-    return shard, index
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    store = IndexStore.create()
-    try:
-        (source,) = parse_sources(arguments.shards)
-        samples, excluded = 0, 0
-        for shard, index in _in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
-            usable, labels = index.with_captions(), int((~index.captioned).sum())
-            only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
-            print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
-            samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)
-            for key, reason in usable.excluded if arguments.excluded else ():
-                print(f"  excluded {printable(key)}: {reason}")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"total: {len(source.shards)} shards, {samples} samples, {excluded} excluded")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from data.shards.cache import atomic_path
 from data.errors import DataError, printable
+from data.shards.cache import atomic_path
 
 DEFAULT_CACHE_BYTES = 100 << 30
 MAX_FILE_BYTES = 64 << 30

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data.image_folder import open_image_folder
-from data.shards.index_store import IndexStore
 from data.overlap import PerceptualHash, hash_pictures, nearest_within
+from data.shards.index_store import IndexStore
 
 
 def drawing(seed: int, side: int = 160) -> Image.Image:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.augment import AUGMENTATIONS, ImageAugmentation
-from data.errors import BadSample, DataError
-from data.sample import EvalTransform, SampleTransform
 from data.captions.tokenizer import ClipTokenizer
+from data.errors import BadSample, DataError
+from data.images.augment import AUGMENTATIONS, ImageAugmentation
+from data.sample import EvalTransform, SampleTransform
 
 
 def png(width: int = 40, height: int = 30, seed: int = 0) -> bytes:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import BadSample
-from data.shards.index_store import IndexedSource, IndexStore, load_sources
 from data.rng import keyed_rng
+from data.shards.index_store import IndexedSource, IndexStore, load_sources
 from data.shards.sources import Source
 
 

@@ -6,8 +6,8 @@ import transformers
 
 from models.batch_norm import BatchNorm
 from models.hf_towers import HfImageTower, HfTextTower
-from models.weights.positions import resize_positions
 from models.registry import build_model
+from models.weights.positions import resize_positions
 from tests.models.hugging_face import TEXT, VISION, VOCAB_SIZE, save_model
 
 LENGTHS = torch.tensor([5, 12, 1])

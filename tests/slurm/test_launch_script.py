@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.harness import ROOT
-from trainer.config.sections import load_config, recipe_names
+from trainer.config.recipe import recipe_names
+from trainer.loading import load_config
 
 TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
 # Each says what it was given; srun then does what the test wrote for it.

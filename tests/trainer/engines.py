@@ -12,11 +12,11 @@ _LINEAR = torch.nn.functional.linear
 def build_engine(ds_name: str, seed: int, rank: int, world_size: int, optimizer: str = "adamw"):
     """An engine on a small DeCLIP with a frozen patch embedding."""
     from trainer.assemble import build_method
-    from trainer.config.sections import parse_config
     from trainer.config.ds_config import plan_batch, resolve_deepspeed
     from trainer.engine.engine import Engine, init_distributed
-    from trainer.ranks.launch import Place
+    from trainer.loading import parse_config
     from trainer.pipeline import build_tokenizer
+    from trainer.ranks.launch import Place
 
     tree = {
         "model": {"name": "vit_nano_p8_32", "freeze_patch_embed": True},

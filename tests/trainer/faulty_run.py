@@ -87,8 +87,8 @@ def corrupt(step: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from trainer.run import main
     from trainer.ranks.shutdown import end_process
+    from trainer.run import main
 
     for name, values in json.loads(sys.argv[1]).items():
         for entry in values if isinstance(values, list) else [values]:

@@ -38,12 +38,12 @@ def build(stage: int, method: dict | None = None, model: str = "vit_pico_p8_32",
     """An engine on the tiny model, its micro-batches, and a run that the loop's step works on."""
     from tests.trainer.harness import ds_config
     from trainer.assemble import build_method
-    from trainer.engine.compilation import compile_towers
-    from trainer.config.sections import parse_config
     from trainer.config.ds_config import plan_batch, resolve_deepspeed
+    from trainer.engine.compilation import compile_towers
     from trainer.engine.engine import Engine, init_distributed
-    from trainer.ranks.launch import Place
+    from trainer.loading import parse_config
     from trainer.pipeline import TrainData, build_tokenizer
+    from trainer.ranks.launch import Place
     from trainer.state import Window
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.ranks.agreement import on_main
 from trainer.checkpoint.state import FORMAT
 from trainer.errors import ConfigError
+from trainer.ranks.agreement import on_main
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"

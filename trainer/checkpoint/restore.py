@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.ranks.agreement import together
 from trainer.checkpoint.layout import Layout, overlaps
 from trainer.checkpoint.shards import TRAINER_STATE, Joined, Shard, read_file, read_weights
 from trainer.checkpoint.state import TrainerState
 from trainer.engine.ema import AVERAGE
 from trainer.engine.engine import Engine
-from trainer.errors import ConfigError
 from trainer.engine.optimizer import optimizer_family
+from trainer.errors import ConfigError
+from trainer.ranks.agreement import together
 
 
 def layout_of(engine: Engine, world_size: int) -> Layout:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.ranks.agreement import on_main, together
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.writer import describe_os_error
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError
+from trainer.ranks.agreement import on_main, together
 
 GIB = 2**30
 _MOMENTS = {"adam": 2, "sgd with momentum": 1, "sgd without momentum": 0}

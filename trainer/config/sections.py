@@ -1,20 +1,11 @@
-"""Typed run configuration: a recipe (YAML), dotted overrides, one clear error for every mistake."""
+"""The sections of a run's configuration: typed values, one clear error for every mistake."""
 
 import difflib
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
-from trainer.config.safe_yaml import YamlError, parse_yaml
-
-RECIPE_DIR = Path(__file__).resolve().parents[1] / "recipes"
-# Nothing real nests recipes deeper; a longer chain is a cycle.
-_MAX_EXTENDS = 8
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 class Section(BaseModel):
@@ -212,130 +203,16 @@ class RunConfig(Section):
         return self
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project, sorted."""
-    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
-
-
-def load_config(recipe: str, overrides: dict[str, str] | None = None) -> RunConfig:
-    """Read a recipe and apply dotted overrides.
-
-    Args:
-        recipe: Name of a file in `trainer/recipes`, or a path to any YAML file.
-        overrides: Dotted key to YAML text, e.g. {"optimizer.lr": "5e-4"}.
-
-    Returns:
-        The validated configuration.
+def validate_section(section: type[Section], values: dict[str, Any], prefix: str = "") -> Any:
+    """Validate a section, or the whole tree of them, with errors prefixed by its place.
 
     Raises:
-        ConfigError: Unknown recipe or key, wrong type, value out of range.
+        ConfigError: Unknown key, wrong type, value out of range; names the key, the value and the fix.
     """
-    tree = _read_recipe(recipe)
-    name = tree.pop("recipe", None) or Path(recipe).stem
-    for key, text in (overrides or {}).items():
-        _set_dotted(tree, key, _parse_scalar(key, text))
-    return parse_config({"recipe": name, **tree})
-
-
-def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """Validate a plain tree into a RunConfig; raises ConfigError naming the key, the value and the fix."""
-    from trainer.methods import parse_method
-
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error, RunConfig)) from None
-    name, settings = parse_method(config.method)
-    return config.model_copy(update={"method": {"name": name, **settings.model_dump()}})
-
-
-def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-def validate_section(section: type[Section], values: dict[str, Any], prefix: str) -> Any:
-    """Validate one section on its own (used for method settings), with errors prefixed by its place."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error, section, prefix)) from None
-
-
-def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
-    if depth > _MAX_EXTENDS:
-        raise ConfigError(f"recipe '{recipe}': 'extends' goes round in a circle; remove one of the links")
-    tree = _read_yaml(_recipe_path(recipe))
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    if not isinstance(parent, str):
-        raise ConfigError(f"recipe '{recipe}': 'extends' must be the name of one recipe, got {parent!r}")
-    return _merge(_read_recipe(parent, depth + 1), tree)
-
-
-def _recipe_path(recipe: str) -> Path:
-    named = RECIPE_DIR / f"{recipe}.yaml"
-    # A name too long for a file is no file.
-    with suppress(OSError):
-        if "/" not in recipe and named.is_file():
-            return named
-        path = Path(recipe)
-        if path.is_file():
-            return path
-    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (YamlError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path} must be a mapping of sections (model, method, data, train, ...)")
-    return tree
-
-
-# Replaced whole by a child recipe: merging two weightings or two role tables would be a third that nobody wrote.
-_REPLACED_WHOLE = {"data.train", "data.augmentation", "eval.sets"}
-
-
-def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    # Settings of another method make no sense under this one.
-    if prefix == "method." and child.get("name", base.get("name")) != base.get("name"):
-        return child
-    merged = dict(base)
-    for key, value in child.items():
-        path = f"{prefix}{key}"
-        old = merged.get(key)
-        mergeable = isinstance(old, dict) and isinstance(value, dict) and path not in _REPLACED_WHOLE
-        merged[key] = _merge(old, value, f"{path}.") if mergeable else value
-    return merged
-
-
-def _parse_scalar(key: str, text: str) -> Any:
-    # Brace ranges are data, not YAML flow mappings.
-    if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
-        return text
-    try:
-        return parse_yaml(text)
-    except YamlError:
-        return text
-
-
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    node = tree
-    for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--{dotted}: '{part}' holds a value, not a section")
-        node = child
-    node[last] = value
 
 
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.config.sections import RunConfig
 from trainer.config.ds_config import ResolvedDeepSpeed
-from trainer.errors import ConfigError
-from trainer.ranks.launch import Place
-from trainer.methods.base import BoundedParameter, Method
+from trainer.config.sections import RunConfig
 from trainer.engine.optimizer import build_optimizer, parameter_groups
+from trainer.errors import ConfigError
+from trainer.methods.base import BoundedParameter, Method
+from trainer.ranks.launch import Place
 
 
 def select_device(requested: str, place: Place) -> torch.device:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.captions.tokenizer import CaptionTokenizer
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
-from data.captions.tokenizer import CaptionTokenizer
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
 from trainer.evaluation.bias import joined_classes, probe_table
@@ -21,8 +21,8 @@ from trainer.evaluation.retrieval import retrieval_figures
 from trainer.evaluation.sets import EvalData, Samples, open_eval_set
 from trainer.evaluation.similarity import pooled
 from trainer.evaluation.zero_shot import class_embeddings, classification_figures, zero_shot_ranks
-from trainer.ranks.launch import Place
 from trainer.pipeline import index_store, project_cache, resolve_workers
+from trainer.ranks.launch import Place
 
 
 @dataclass(frozen=True)

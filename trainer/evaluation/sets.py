@@ -10,7 +10,7 @@ from data.demo import ensure_unicode_symbols
 from data.errors import DataError
 from data.image_folder import ImageFolder, open_image_folder
 from data.shards.index_store import IndexedSource, IndexStore, load_sources
-from data.shards.sources import parse_sources
+from data.sources import parse_sources
 from trainer.config.sections import EvalSet
 from trainer.errors import ConfigError
 

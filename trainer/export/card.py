@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from trainer.export.export import Exported
+from trainer.export.exported import Exported
 
 _FIGURES = {
     "acc1": "zero-shot top-1",
@@ -38,7 +37,7 @@ texts = onnxruntime.InferenceSession("PATH/text_encoder.onnx")  # token_ids: int
 }
 
 
-def write_card(exported: "Exported", layout: str, path: Path) -> None:
+def write_card(exported: Exported, layout: str, path: Path) -> None:
     """Write a README.md in the form of a Hugging Face model card.
 
     Args:

@@ -1,80 +1,17 @@
-"""Export the model of a run for other libraries."""
+"""From a checkpoint to a folder that other libraries read."""
 
-import argparse
 import shutil
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.errors import DataError
-from data.captions.tokenizer import CaptionTokenizer
-from models.clip import ClipModel
-from trainer.config.sections import RunConfig, dump_config
+from trainer.config.recipe import dump_config
 from trainer.errors import ConfigError
 from trainer.export.card import write_card
+from trainer.export.exported import Exported
 from trainer.trained import load_trained
 
 FORMATS = ("openclip", "huggingface", "safetensors", "onnx")
-_EPILOG = """examples:
-  python -m trainer.export runs/declip --to openclip
-  python -m trainer.export runs/declip --to huggingface --step 10000 --out exports/declip
-  python -m trainer.export runs/declip --to safetensors --weights trained
-
-openclip     open_clip.create_model_and_transforms('local-dir:DIR'), open_clip.get_tokenizer('local-dir:DIR')
-huggingface  transformers.CLIPModel.from_pretrained('DIR'), transformers.CLIPProcessor.from_pretrained('DIR')
-safetensors  this project's names; start another run from it with --model.pretrained DIR
-onnx         image_encoder.onnx and text_encoder.onnx; needs pip install 'declip-trainer[export]'
-"""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What is written: a model in evaluation mode, and where it comes from.
-
-    Attributes:
-        has_embeddings: Whether its features are trained to be compared; a method may compare something else.
-    """
-
-    model: ClipModel
-    tokenizer: CaptionTokenizer
-    config: RunConfig
-    run: Path
-    step: int
-    weights: str
-    has_embeddings: bool = True
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.export",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/export/<format>-step_<N>)")
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "trained", "ema"),
-        default="auto",
-        help="the trained weights or their moving average (default: the average where the run kept one)",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Export one checkpoint; returns the exit code."""
-    arguments = parse_arguments(argv)
-    exported = load_run(Path(arguments.run), arguments.step, arguments.weights)
-    out = Path(arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}")
-    export(exported, arguments.to, out)
-    print(f"wrote {arguments.to} of {exported.run} step {exported.step} ({exported.weights} weights) to {out}")
-    return 0
 
 
 def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Exported:
@@ -159,11 +96,3 @@ _WRITERS = {
     "safetensors": _write_safetensors,
     "onnx": _write_onnx,
 }
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

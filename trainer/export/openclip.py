@@ -8,11 +8,11 @@ from torch import Tensor
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
 from models.clip import ClipModel
-from models.weights.fitting import without_mask_token
-from models.weights.open_clip_mapping import to_open_clip
 from models.registry import HEAD_WIDTH, ResNetConfig, VitConfig, find_architecture
 from models.text import TextTransformer
 from models.timm_tower import TimmTower
+from models.weights.fitting import without_mask_token
+from models.weights.open_clip_mapping import to_open_clip
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
 

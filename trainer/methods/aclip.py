@@ -13,8 +13,8 @@ from models.heads import ByolHead, SimClrHead
 from models.vit import VisionTransformer
 from trainer.config.sections import TrainConfig
 from trainer.errors import ConfigError
-from trainer.methods.mean_teacher import cosine_momentum, teacher_of, update_teacher
 from trainer.methods.base import Method, MethodSettings
+from trainer.methods.mean_teacher import cosine_momentum, teacher_of, update_teacher
 
 
 class AclipSettings(MethodSettings):

@@ -3,8 +3,8 @@
 It is a copy whose parameters have become buffers. So every rank holds it whole, in fp32, and can run it in any
 micro-batch at any ZeRO stage without a collective; the optimizer and the reduction of gradients never see it; and
 checkpoints, the comparison of replicas and the broadcast at the start treat it like any other buffer. It costs 4 bytes
-per weight and rank. The average of `trainer.engine.ema` cannot serve here: it lies beside the optimizer's moments, cut up at
-ZeRO 1 to 3, and would have to be put together before each step's first micro-batch.
+per weight and rank. The average of `trainer.engine.ema` cannot serve here: it lies beside the optimizer's moments, cut
+up at ZeRO 1 to 3, and would have to be put together before each step's first micro-batch.
 """
 
 import copy

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.captions.tokenizer import CaptionTokenizer
 from data.loader import read_eval_samples
 from data.sample import EvalTransform
-from data.captions.tokenizer import CaptionTokenizer
-from trainer.ranks.agreement import together
 from trainer.config.sections import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.evaluation.encode import encode_texts
@@ -19,8 +18,9 @@ from trainer.evaluation.evaluation import Embedded, labels_of
 from trainer.evaluation.sets import EvalData
 from trainer.evaluation.similarity import class_scores, pairwise_scores
 from trainer.evaluation.zero_shot import score_ranks
-from trainer.ranks.launch import Place
 from trainer.pipeline import index_store
+from trainer.ranks.agreement import together
+from trainer.ranks.launch import Place
 from trainer.report.curves import Picture, new_figure, to_svg
 from trainer.trained import TrainedModel
 

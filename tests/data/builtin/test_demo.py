@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from data import demo
-from data.demo import ensure_unicode_symbols, main, render_unicode_symbols, resolve_builtin
 from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
 from data.builtin.splits import HELD_OUT_TYPEFACE, split
+from data.demo import ensure_unicode_symbols, main, render_unicode_symbols, resolve_builtin
 
 # Latin letters, Greek (with Latin lookalikes), accents, arrows and chess pieces.
 SUBSET = frozenset((*range(0x41, 0x180), *range(0x391, 0x3CA), *range(0x2190, 0x21A0), *range(0x2654, 0x2660)))

@@ -7,9 +7,9 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data.errors import DataError
 from data.captions.hf_tokenizer import HfTokenizer
 from data.captions.mlm import mask_tokens
+from data.errors import DataError
 from data.rng import keyed_rng
 from tests.models.hugging_face import VOCAB_SIZE, save_tokenizer
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import DataError
 from data.captions.tokenizer import ClipTokenizer
+from data.errors import DataError
 
 HAND_PICKED = [
     "",

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
+from data.errors import DataError
 from data.images.augment import AUGMENTATIONS, ImageAugmentation, align, eval_view, random_views
 from data.images.decode import open_image
-from data.errors import DataError
 from data.rng import keyed_rng
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from data.captions.tokenizer import ClipTokenizer
+from data.dataset import collate_views
+from data.errors import DataError
 from data.images.augment import AUGMENTATIONS, ImageAugmentation, random_views
 from data.images.context import enclosing_box, views_in_context
-from data.dataset import collate_views
 from data.images.decode import open_image
-from data.errors import DataError
 from data.rng import keyed_rng
 from data.sample import SampleTransform
-from data.captions.tokenizer import ClipTokenizer
 from tests.data.images.test_augment import encode, picture
 
 PLAIN = ImageAugmentation(crop_scale=(0.3, 0.6), crop_ratio=(3 / 4, 4 / 3), interpolation="bilinear")

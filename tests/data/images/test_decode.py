@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.decode import DEFAULT_MAX_PIXELS, check_max_pixels, open_image
 from data.errors import BadSample, DataError
+from data.images.decode import DEFAULT_MAX_PIXELS, check_max_pixels, open_image
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images.decode import open_image
 from data.errors import BadSample
+from data.images.decode import open_image
 from data.images.image_file import read_image_file
 from data.sample import EvalTransform
 from tests.data import bad_files

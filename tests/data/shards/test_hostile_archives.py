@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import tar_reader
 from data.errors import BadSample, DataError
-from data.shards.index_store import IndexStore, load_sources, scan_shard, sidecar_path
+from data.shards import tar_reader
 from data.shards.index_file import read_arrays
+from data.shards.index_store import IndexStore, load_sources, scan_shard, sidecar_path
 from data.shards.reader import ReadLimits, SampleReader
 from data.shards.shard_index import IMAGE, ShardIndex, load_meta
 from data.shards.sources import Source

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data.errors import DataError
 from data.shards.index_store import IndexStore, load_sources
 from data.shards.remote import FetchError, RemoteCache, display_name
-from data.shards.sources import Source, expand_braces, expand_pattern, parse_sources
+from data.shards.sources import Source, expand_braces
+from data.sources import expand_pattern, parse_sources
 from tests.data.tiny_shards import write_shards
 
 

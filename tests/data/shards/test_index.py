@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from data.shards import index_store as index_module
 from data.errors import DataError
-from data.shards.index_store import IndexStore, fingerprint, index_shards, load_sources, main, scan_shard, sidecar_path
+from data.index import main
+from data.shards import index_store as index_module
+from data.shards.index_store import IndexStore, fingerprint, index_shards, load_sources, scan_shard, sidecar_path
 from data.shards.shard_index import CAPTION, CLS, IMAGE, JSON, ShardIndex, split_member_name
 from data.shards.sources import Source
 from tests.data.tiny_shards import json_member, sample_members, write_shards, write_tar

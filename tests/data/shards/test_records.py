@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.captions.tokenizer import ClipTokenizer
 from data.errors import BadSample
+from data.sample import SampleTransform
 from data.shards.reader import ReadLimits
 from data.shards.records import MAX_JSON_BYTES, caption_list, parse_json
-from data.sample import SampleTransform
-from data.captions.tokenizer import ClipTokenizer
 from tests.data.bad_files import encoded, odd_texts, refused_texts
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.shards.index_store import IndexStore, load_sources, scan_shard
 from data.loader import build_eval_loader, build_train_loader
 from data.prefetch import ShardPrefetcher
+from data.shards.index_store import IndexStore, load_sources, scan_shard
 from data.shards.remote import FetchError, RemoteCache, display_name
 from data.shards.sources import Source
 from tests.data.tiny_shards import TinyTransform, tiny_eval, write_shards

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.shards.sources import expand_braces, expand_pattern, is_remote, parse_sources
+from data.shards.sources import expand_braces, is_remote
+from data.sources import expand_pattern, parse_sources
 from tests.data.tiny_shards import write_shards
 
 PATTERNS = [

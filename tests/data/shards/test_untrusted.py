@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.captions.tokenizer import ClipTokenizer
 from data.loader import build_eval_loader, build_train_loader
 from data.sample import EvalTransform, SampleTransform
-from data.captions.tokenizer import ClipTokenizer
 from tests.data.bad_files import ODD_KEYS, odd_pictures, odd_texts, write_hostile_shard
 from tests.data.tiny_shards import indexed
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from data.captions.tokenizer import ClipTokenizer
-from models.weights.fitting import fit_state
 from models.registry import build_model
+from models.weights.fitting import fit_state
 
 
 def build(**options):

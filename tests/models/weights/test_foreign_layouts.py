@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from models.clip import LogitBias
+from models.registry import build_model
 from models.weights.fitting import fit_state
 from models.weights.foreign_layouts import convert, detect_format
 from models.weights.hugging_face_mapping import from_hugging_face, to_hugging_face
-from models.registry import build_model
 from models.weights.weight_files import read_weights
 from tests.models.hugging_face import VOCAB_SIZE, save_model
 from tests.models.weights.test_open_clip_mapping import (

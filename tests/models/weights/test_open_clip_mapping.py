@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from models.clip import ClipModel
-from models.weights.open_clip_mapping import from_open_clip, to_open_clip
 from models.registry import build_model
+from models.weights.open_clip_mapping import from_open_clip, to_open_clip
 
 TEXT = {"context_length": 16, "vocab_size": 300, "width": 128, "heads": 2, "layers": 4}
 VISION = {

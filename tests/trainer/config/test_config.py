@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.sections import dump_config, load_config, parse_config, recipe_names
 from trainer.config.ds_config import plan_batch, resolve_deepspeed
+from trainer.config.recipe import dump_config, recipe_names
 from trainer.errors import ConfigError
+from trainer.loading import load_config, parse_config
 from trainer.methods import METHODS
 
 PUBLISHED = {

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.trainer.harness import ds_config, metrics, run_trainer, steps, write_recipe
-from trainer.config.sections import load_config
 from trainer.config.ds_config import plan_batch, resolve_deepspeed
 from trainer.errors import ConfigError
+from trainer.loading import load_config
 
 # At the harness's rate eight steps turn a rounding into a tenth of the gradient.
 SLOW = {"lr": 1e-4}

@@ -6,8 +6,8 @@ import torch
 from tests.distributed import run_distributed
 from tests.trainer.harness import Launched, ds_config, metrics, write_recipe
 from tests.trainer.test_step import build
-from trainer.errors import ConfigError
 from trainer.engine.replicas import average_local_statistics, differing_ranks, verify_replicas
+from trainer.errors import ConfigError
 
 
 def test_the_minority_differs():

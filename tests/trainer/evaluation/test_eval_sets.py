@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data.shards.index_store import IndexStore, load_sources
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
-from data.shards.sources import parse_sources
+from data.shards.index_store import IndexStore, load_sources
+from data.sources import parse_sources
 from tests.data.bad_files import encoded
 from tests.trainer.harness import COLOURS, metrics, run_trainer, write_recipe
 from trainer.config.sections import EvalSet

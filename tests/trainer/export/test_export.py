@@ -17,11 +17,13 @@ from models.weights.open_clip_mapping import from_open_clip
 from tests.models.hugging_face import save_model, save_tokenizer
 from tests.models.weights.test_open_clip_mapping import randomise
 from tests.trainer.harness import ROOT, ds_config, picture, run_trainer, write_eval_set, write_recipe, write_shards
-from trainer.assemble import build_method
+from trainer.building import build_method
 from trainer.checkpoint.shards import read_weights
-from trainer.config.sections import load_config, parse_config
 from trainer.errors import ConfigError
-from trainer.export.export import Exported, export, load_run, main
+from trainer.export.__main__ import main
+from trainer.export.export import export, load_run
+from trainer.export.exported import Exported
+from trainer.loading import load_config, parse_config
 from trainer.pipeline import build_tokenizer
 from trainer.pretrained import load_pretrained
 

@@ -15,8 +15,9 @@ from losses import normalize
 from models.registry import build_model
 from tests.losses import reference
 from tests.trainer.methods.aclip_batches import SETTINGS, micro_batch
-from trainer.config.sections import TrainConfig, load_config, parse_config
+from trainer.config.sections import TrainConfig
 from trainer.errors import ConfigError
+from trainer.loading import load_config, parse_config
 from trainer.methods import METHODS, Method, parse_method
 
 NAME = "vit_nano_p8_32"

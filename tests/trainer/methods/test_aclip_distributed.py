@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.trainer.methods.aclip_batches import SAMPLES, SETTINGS, micro_batch
 from tests.trainer.harness import ds_config, metrics, run_trainer, steps, write_recipe, write_shards
+from tests.trainer.methods.aclip_batches import SAMPLES, SETTINGS, micro_batch
 from tests.trainer.methods.test_gradients import worst_error
 from trainer.checkpoint import read_weights
 
@@ -21,11 +21,11 @@ _LINEAR = torch.nn.functional.linear
 
 def build_engine(stage: int, micro_batch_size: int, rank: int, world_size: int, **settings):
     from trainer.assemble import build_method
-    from trainer.config.sections import parse_config
     from trainer.config.ds_config import plan_batch, resolve_deepspeed
     from trainer.engine.engine import Engine, init_distributed
-    from trainer.ranks.launch import Place
+    from trainer.loading import parse_config
     from trainer.pipeline import build_tokenizer
+    from trainer.ranks.launch import Place
 
     tree = {
         "model": {"name": "vit_nano_p8_32", "freeze_patch_embed": True},

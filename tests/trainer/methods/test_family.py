@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed import run_distributed
 from tests.trainer.harness import ds_config, run_trainer, steps, write_recipe
 from tests.trainer.methods.test_gradients import TOLERANCE, gradients_on_rank, micro_batch, worst_error
-from trainer.assemble import build_method
-from trainer.config.sections import parse_config
+from trainer.building import build_method
+from trainer.loading import parse_config
 from trainer.pipeline import build_tokenizer
 
 VIT = {"name": "vit_nano_p8_32", "patch_dropout": 0.5}

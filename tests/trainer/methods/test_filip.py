@@ -16,11 +16,11 @@ from tests.trainer.harness import ds_config, run_trainer, steps, write_eval_set,
 from tests.trainer.methods.test_gradients import SETTINGS, TOLERANCE, gradients_on_rank, worst_error
 from tests.trainer.test_step import HostReads, build
 from tests.trainer.test_world_size import compare
-from trainer.config.sections import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.retrieval import retrieval_figures
 from trainer.evaluation.similarity import class_scores, joined, pairwise_scores, pooled
-from trainer.export.export import main as export
+from trainer.export.__main__ import main as export
+from trainer.loading import load_config
 from trainer.methods import METHODS, parse_method
 
 FILIP = {"name": "filip", "filip_dim": 16, "filip_topk": 3}

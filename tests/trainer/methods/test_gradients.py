@@ -24,8 +24,8 @@ MISTAKES = ("gather without gradient", "labels off by one rank", "temperature gr
 
 
 def run_config(stage: int, micro_batch_size: int, **sections: dict):
-    from trainer.config.sections import parse_config
     from trainer.config.ds_config import plan_batch, resolve_deepspeed
+    from trainer.loading import parse_config
 
     tree = {
         "model": {"name": "vit_nano_p8_32", "patch_dropout": 0.5},
@@ -93,8 +93,8 @@ def gradients_on_rank(
 
     from trainer.assemble import build_method
     from trainer.engine.engine import Engine, init_distributed
-    from trainer.ranks.launch import Place
     from trainer.pipeline import build_tokenizer
+    from trainer.ranks.launch import Place
 
     device = torch.device("cpu")
     init_distributed(device, Place(rank, rank, world_size, world_size, "test"))

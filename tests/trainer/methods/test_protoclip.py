@@ -22,8 +22,9 @@ from tests.trainer.methods.test_gradients import SAMPLES, worst_error
 from tests.trainer.methods.test_gradients import micro_batch as declip_batch
 from tests.trainer.test_world_size import compare
 from trainer.checkpoint.shards import read_weights
-from trainer.config.sections import TrainConfig, load_config
+from trainer.config.sections import TrainConfig
 from trainer.errors import ConfigError
+from trainer.loading import load_config
 from trainer.methods import METHODS, parse_method
 from trainer.reporting import rate
 
@@ -64,11 +65,11 @@ def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, bo
     from deepspeed.utils import safe_get_full_grad
 
     from trainer.assemble import build_method
-    from trainer.config.sections import parse_config
     from trainer.config.ds_config import plan_batch, resolve_deepspeed
     from trainer.engine.engine import Engine, init_distributed
-    from trainer.ranks.launch import Place
+    from trainer.loading import parse_config
     from trainer.pipeline import build_tokenizer
+    from trainer.ranks.launch import Place
 
     device, share, results = torch.device("cpu"), SAMPLES // world_size, []
     init_distributed(device, Place(rank, rank, world_size, world_size, "test"))

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from trainer.ranks import launch
 from trainer.engine.engine import select_device
 from trainer.errors import ConfigError
+from trainer.ranks import launch
 from trainer.ranks.launch import Place, find_place
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

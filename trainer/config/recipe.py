@@ -1,0 +1,115 @@
+"""A recipe (YAML) and dotted overrides, read into a configuration whose method's settings are still to be checked.
+
+Nothing in here imports torch, so that what is wrong outside the method is said at once.
+"""
+
+import difflib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config.safe_yaml import YamlError, parse_yaml
+from trainer.config.sections import RunConfig, validate_section
+from trainer.errors import ConfigError
+
+RECIPE_DIR = Path(__file__).resolve().parents[1] / "recipes"
+# Nothing real nests recipes deeper; a longer chain is a cycle.
+_MAX_EXTENDS = 8
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the project, sorted."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def read_recipe(recipe: str, overrides: dict[str, str] | None = None) -> RunConfig:
+    """Read a recipe and apply dotted overrides; see `trainer.loading.load_config`, which checks `method` too."""
+    tree = _read_recipe(recipe)
+    name = tree.pop("recipe", None) or Path(recipe).stem
+    for key, text in (overrides or {}).items():
+        _set_dotted(tree, key, _parse_scalar(key, text))
+    return validate_section(RunConfig, {"recipe": name, **tree})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
+    if depth > _MAX_EXTENDS:
+        raise ConfigError(f"recipe '{recipe}': 'extends' goes round in a circle; remove one of the links")
+    tree = _read_yaml(_recipe_path(recipe))
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe '{recipe}': 'extends' must be the name of one recipe, got {parent!r}")
+    return _merge(_read_recipe(parent, depth + 1), tree)
+
+
+def _recipe_path(recipe: str) -> Path:
+    named = RECIPE_DIR / f"{recipe}.yaml"
+    # A name too long for a file is no file.
+    with suppress(OSError):
+        if "/" not in recipe and named.is_file():
+            return named
+        path = Path(recipe)
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} must be a mapping of sections (model, method, data, train, ...)")
+    return tree
+
+
+# Replaced whole by a child recipe: merging two weightings or two role tables would be a third that nobody wrote.
+_REPLACED_WHOLE = {"data.train", "data.augmentation", "eval.sets"}
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    # Settings of another method make no sense under this one.
+    if prefix == "method." and child.get("name", base.get("name")) != base.get("name"):
+        return child
+    merged = dict(base)
+    for key, value in child.items():
+        path = f"{prefix}{key}"
+        old = merged.get(key)
+        mergeable = isinstance(old, dict) and isinstance(value, dict) and path not in _REPLACED_WHOLE
+        merged[key] = _merge(old, value, f"{path}.") if mergeable else value
+    return merged
+
+
+def _parse_scalar(key: str, text: str) -> Any:
+    # Brace ranges are data, not YAML flow mappings.
+    if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
+        return text
+    try:
+        return parse_yaml(text)
+    except YamlError:
+        return text
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{dotted}: '{part}' holds a value, not a section")
+        node = child
+    node[last] = value
