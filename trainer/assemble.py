@@ -10,11 +10,12 @@ from filelock import FileLock, Timeout
 
 from trainer.building import build_method
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
-from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed, resolve_precision
+from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed
 from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
 from trainer.engine.compilation import compile_towers
-from trainer.engine.engine import Engine, init_distributed, select_device
+from trainer.engine.device import resolve_precision, select_device
+from trainer.engine.engine import Engine, init_distributed
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.files import write_atomically

@@ -98,7 +98,8 @@ def configure(arguments: argparse.Namespace) -> Any:
 
 def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     """Load, evaluate, report. Collective."""
-    from trainer.engine.engine import init_distributed, select_device
+    from trainer.engine.device import select_device
+    from trainer.engine.engine import init_distributed
     from trainer.evaluation import Evaluation
     from trainer.evaluation.results import benchmark_records, results_table, write_json
     from trainer.evaluation.robustness import read_baselines

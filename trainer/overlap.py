@@ -71,7 +71,8 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from rich.table import Table
 
     from data.overlap import hash_pictures, nearest_within
-    from trainer.engine.engine import init_distributed, select_device
+    from trainer.engine.device import select_device
+    from trainer.engine.engine import init_distributed
     from trainer.errors import ConfigError
     from trainer.evaluation import Evaluation
     from trainer.evaluation.evaluation import labels_of

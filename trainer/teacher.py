@@ -94,7 +94,8 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
-    from trainer.engine.engine import init_distributed, select_device
+    from trainer.engine.device import select_device
+    from trainer.engine.engine import init_distributed
     from trainer.errors import ConfigError
     from trainer.loading import load_config
     from trainer.metrics import Console

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
 
@@ -83,15 +81,6 @@ def plan_batch(config: RunConfig, world_size: int) -> BatchPlan:
             f"(train.global_batch_size {total} / world size {world_size}); use a divisor of {share} or 'auto'"
         )
     return BatchPlan(total, micro, share // micro, world_size)
-
-
-def resolve_precision(requested: str, device: torch.device) -> str:
-    """`auto` becomes bf16 where the hardware multiplies bf16 fast (CUDA >= 8.0, a CPU with AMX), else fp32."""
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, precision: str) -> ResolvedDeepSpeed:

@@ -17,44 +17,8 @@ from torch import Tensor
 from trainer.config.ds_config import ResolvedDeepSpeed
 from trainer.config.sections import RunConfig
 from trainer.engine.optimizer import build_optimizer, parameter_groups
-from trainer.errors import ConfigError
 from trainer.methods.base import BoundedParameter, Method
 from trainer.ranks.launch import Place
-
-
-def select_device(requested: str, place: Place) -> torch.device:
-    """The device of this rank: one GPU per local rank, or the CPU.
-
-    Raises:
-        ConfigError: CUDA was asked for and is not there, or there are more local ranks than GPUs.
-    """
-    device = _select_device(requested, place)
-    # DeepSpeed picks its accelerator while it is imported.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    return device
-
-
-def _select_device(requested: str, place: Place) -> torch.device:
-    available = torch.cuda.is_available()
-    if requested == "cuda" and not available:
-        raise ConfigError("train.device is cuda but torch sees no GPU; use --train.device cpu or auto")
-    if requested == "cpu" or not available:
-        return torch.device("cpu")
-    if _has_own_gpu(place):
-        return torch.device("cuda", 0)
-    if place.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {place.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-            "start one rank per GPU or use --train.device cpu"
-        )
-    return torch.device("cuda", place.local_rank)
-
-
-def _has_own_gpu(place: Place) -> bool:
-    # srun --gpus-per-task=1 and bound MPI tasks: each sees its own GPU alone, and calls it number 0.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    one = torch.cuda.device_count() == 1 and visible != "" and "," not in visible
-    return one and place.launcher in ("srun", "mpirun")
 
 
 def init_distributed(device: torch.device, place: Place, workers: int = 0, timeout_minutes: float = 30.0) -> None:

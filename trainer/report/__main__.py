@@ -38,7 +38,8 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
 
 
 def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> list[tuple[str, Any]]:
-    from trainer.engine.engine import init_distributed, select_device
+    from trainer.engine.device import select_device
+    from trainer.engine.engine import init_distributed
     from trainer.report.examples import collect_examples
     from trainer.trained import TrainedModel, load_trained, run_config
 

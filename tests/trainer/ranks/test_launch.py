@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from trainer.engine.engine import select_device
+from trainer.engine.device import select_device
 from trainer.errors import ConfigError
 from trainer.ranks import launch
 from trainer.ranks.launch import Place, find_place
