@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
+from tests.forked import start_server
+
 # The same examples in every run and on every machine: a failure is one that can be repeated.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
@@ -24,3 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("slow"):
             seconds[item.path] += mark.kwargs.get("seconds", 20)
     items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server of forks beside the first tests, before a loader worker would start one that lacks imports."""
+    if not session.config.option.collectonly and any("trainer" in item.path.parts for item in session.items):
+        start_server()

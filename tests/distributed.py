@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.forked import start_server
+
 # Once one rank has failed, the others are usually stuck in a collective that will never finish.
 _GRACE_AFTER_FAILURE_S = 1.0
 _COLLECTIVES = (
@@ -37,11 +39,6 @@ _COLLECTIVES = (
     "reduce_scatter_tensor",
     "scatter",
 )
-
-
-# What every rank imports, and takes seconds of it: once, in the process that ranks are forks of. None of it starts
-# threads or a GPU, and none is ours, which without the path of this process might be found elsewhere.
-_PRELOADED = ["torch._dynamo", "pydantic", "pytest", "webdataset", "ftfy"]
 
 
 def run_distributed(
@@ -66,9 +63,7 @@ def run_distributed(
     deadline = time.monotonic() + timeout_s
     # The parent holds the store, so that the port is free by construction rather than by a race-prone probe.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn" if fresh else "forkserver")
-    if not fresh:
-        context.set_forkserver_preload(_PRELOADED)
+    context = mp.get_context("spawn") if fresh else start_server()
     # A fork has the environment of the first call. Code under test may read it while it is imported.
     call, environment = pickle.dumps((fn, args)), dict(os.environ)
     processes: list[BaseProcess] = []

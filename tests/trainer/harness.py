@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 import webdataset
 import yaml
 from PIL import Image
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of this environment's commands.
@@ -131,9 +134,20 @@ class Finished:
 
 
 class Launched:
-    """A run in progress: one process per rank, as a launcher would start them."""
+    """A run in progress: one process per rank, as a launcher would start them.
 
-    def __init__(self, arguments: list[str], world_size: int, cache: Path, faults: dict | None = None) -> None:
+    Args:
+        arguments: Of `trainer/run.py`.
+        world_size: Ranks.
+        cache: Cache of the project, and working directory.
+        faults: See `tests/trainer/faulty_run.py`.
+        fresh: Start interpreters, for tests of how processes start, end or die and of their workers. Else each is a
+            fork of one that has imported the libraries, which takes most of a short run's time.
+    """
+
+    def __init__(
+        self, arguments: list[str], world_size: int, cache: Path, faults: dict | None = None, fresh: bool = False
+    ) -> None:
         script = [str(ROOT / "trainer" / "run.py")]
         if faults is not None:
             script = [str(ROOT / "tests" / "trainer" / "faulty_run.py"), json.dumps(faults)]
@@ -152,11 +166,7 @@ class Launched:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            command = [sys.executable, *script, *arguments]
-            process = subprocess.Popen(
-                command, env=environment, cwd=cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            self.processes.append(process)
+            self.processes.append(_start([*script, *arguments], environment, cache, fresh))
 
     def wait(self, timeout_s: float = 240) -> Finished:
         """Wait as a launcher does: the first rank that fails takes the others with it."""
@@ -191,9 +201,22 @@ class Launched:
                 process.send_signal(number)
 
 
-def run_trainer(arguments: list[str], cache: Path, world_size: int = 1, faults: dict | None = None) -> Finished:
+def _start(arguments: list[str], environment: dict[str, str], cwd: Path, fresh: bool) -> subprocess.Popen[str] | Forked:
+    if fresh:
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(
+            command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    handle, output = tempfile.mkstemp(prefix="printed-", dir=cwd)
+    os.close(handle)
+    return Forked(arguments, environment, cwd, Path(output))
+
+
+def run_trainer(
+    arguments: list[str], cache: Path, world_size: int = 1, faults: dict | None = None, fresh: bool = False
+) -> Finished:
     """Run to the end and require success."""
-    finished = Launched(arguments, world_size, cache, faults).wait()
+    finished = Launched(arguments, world_size, cache, faults, fresh).wait()
     assert finished.codes == [0] * world_size, finished.output
     return finished
 

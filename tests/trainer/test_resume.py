@@ -24,7 +24,7 @@ def uninterrupted(shards, cache, tmp_path_factory):
 
 def kill_after(arguments, cache, run_dir, step, world_size=1):
     """Start a run and SIGKILL all its ranks once it has logged `step`."""
-    launched = Launched(arguments, world_size, cache)
+    launched = Launched(arguments, world_size, cache, fresh=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         logged = (run_dir / "metrics.jsonl").is_file() and any(
@@ -106,7 +106,7 @@ def test_signal_saves_and_leaves_cleanly(uninterrupted, cache, tmp_path):
     recipe, reference = uninterrupted
     run_dir = tmp_path / "run"
     arguments = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2)]
-    launched = Launched(arguments, 2, cache)
+    launched = Launched(arguments, 2, cache, fresh=True)
     while launched.processes[0].poll() is None and not (run_dir / "metrics.jsonl").is_file():
         time.sleep(0.02)
     time.sleep(0.5)

@@ -39,7 +39,9 @@ def test_signal_before_training_ends_all_ranks_cleanly(shards, cache, tmp_path):
     """While one rank imports: both leave where they next agree, and the job script sees that it was no end."""
     run_dir = tmp_path / "run"
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, **WORKER)
-    launched = Launched(["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(1)], 2, cache)
+    launched = Launched(
+        ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(1)], 2, cache, fresh=True
+    )
     early = launched.processes[1]
     while early.poll() is None and not catches(early.pid, signal.SIGUSR1):
         time.sleep(0.001)

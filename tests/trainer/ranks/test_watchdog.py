@@ -15,7 +15,7 @@ def start(shards, cache, tmp_path, *arguments, faults=None, **sections):
     """Two ranks of a long run."""
     recipe = write_recipe(tmp_path / "tiny.yaml", shards, "clip", train={"steps": 100_000}, **WORKER, **sections)
     base = ["--recipe", str(recipe), "--run_dir", str(tmp_path / "run"), "--ds_config", ds_config(2)]
-    return Launched([*base, *TIMEOUT, *arguments], 2, cache, faults)
+    return Launched([*base, *TIMEOUT, *arguments], 2, cache, faults, fresh=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""Programs of this project as forks of a process that has imported what takes seconds: libraries, nothing of ours."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+# None of it starts threads or a GPU, and none is ours, which without the path of the tests might be found elsewhere.
+PRELOADED = [
+    "torch._dynamo",
+    "deepspeed",
+    "pydantic",
+    "pytest",
+    "webdataset",
+    "ftfy",
+    "tokenizers",
+    "safetensors.torch",
+]
+
+
+def start_server() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forks of this test process's one server, started by the first call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # DeepSpeed chooses while it is imported; what runs in forks is told to use the CPU.
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["DS_ACCELERATOR"]
+        if before is not None:
+            os.environ["DS_ACCELERATOR"] = before
+    return context
+
+
+class Forked:
+    """A running program; answers as `subprocess.Popen` does, with stdout and stderr in one text.
+
+    Args:
+        arguments: A script or, after `-m`, a module, and what follows on its command line.
+        environment: Its whole environment.
+        cwd: Its working directory.
+        output: File that takes what it prints.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], cwd: Path, output: Path) -> None:
+        self._output = output
+        output.touch()
+        self._process = start_server().Process(
+            target=_run, args=(arguments, environment, str(cwd), str(output)), daemon=True
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """See `returncode`."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: It was still running.
+        """
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait for its end; all it printed."""
+        self.wait(timeout)
+        return self._output.read_text(errors="replace"), None
+
+    def send_signal(self, number: int) -> None:
+        """Signal it, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: str) -> None:
+    # Loader workers come from the same server, which they may have started with signals blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    # A program may start processes of its own; this one is a daemon only so that none outlives the tests.
+    multiprocessing.current_process()._config["daemon"] = False
+    # The libraries read it when they were loaded.
+    if "OMP_NUM_THREADS" in environment:
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
