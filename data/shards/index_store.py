@@ -81,6 +81,19 @@ def fingerprint(sources: Sequence[IndexedSource]) -> str:
     return digest.hexdigest()
 
 
+def describe_sources(sources: Sequence[IndexedSource]) -> dict[str, str]:
+    """Returns what `fingerprint` goes by, a line for each source by name, to tell where two data sets differ.
+
+    Args:
+        sources: In order.
+    """
+    return {
+        source.name: f"{len(source.shards)} shards, {source.num_samples} samples, {int(source.sizes.sum())} bytes, "
+        f"weight {source.weight}"
+        for source in sources
+    }
+
+
 @dataclass(frozen=True)
 class IndexStore:
     """Finds, makes and keeps the indexes of shards.

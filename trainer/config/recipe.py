@@ -95,13 +95,14 @@ def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dic
 
 
 def _parse_scalar(key: str, text: str) -> Any:
-    # Brace ranges are data, not YAML flow mappings.
-    if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
-        return text
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except YamlError:
         return text
+    if not key.startswith("data.train") or isinstance(value, list):
+        return value
+    # A brace range is data; as a YAML flow mapping it has keys without values.
+    return value if isinstance(value, dict) and value and None not in value.values() else text
 
 
 def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -67,7 +67,7 @@ def test_weighted_mappings(tmp_path):
     shards = write_shards(tmp_path / "set", [1, 1])
     pattern = str(tmp_path / "set")
     first, second = parse_sources({pattern: 0.25, "mine": {"path": [shards[0]], "weight": 3}})
-    assert (first.name, first.weight, list(first.shards)) == (pattern, 0.25, shards)
+    assert (first.name, first.weight, list(first.shards)) == ("set", 0.25, shards)
     assert (second.name, second.weight, second.shards) == ("mine", 3, (shards[0],))
 
 
