@@ -35,6 +35,7 @@ from trainer.ranks.preemption import STOPPED_EARLY, stop_if_told
 from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
+from trainer.trackers import try_trackers
 
 DEFAULT_RECIPE = "demo"
 
@@ -94,6 +95,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
+    together(lambda: try_trackers(run_dir, config.logging) if place.is_main else None)
     checkpoint, warnings = find_checkpoint(run_dir, arguments.resume)
     for warning in warnings:
         console.warn(warning)
