@@ -197,7 +197,7 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
             f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
         ) from None
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another") from None
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another --run_dir") from None
 
 
 def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:
