@@ -23,6 +23,8 @@ _PROBE_BYTES = 1 << 16
 
 def os_reason(error: OSError) -> str:
     """Why the system refused, in a few words."""
+    if isinstance(error, FileExistsError):
+        return "a file is in the place of the folder"
     return error.strerror or str(error) or type(error).__name__
 
 

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from data.shards.index_store import describe_sources
 from data.sources import continue_sources
+from data.writing import os_reason
 from trainer.building import build_method
 from trainer.changes import Changes, find_changes
 from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints, read_state
@@ -197,7 +198,9 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
             f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
         ) from None
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another --run_dir") from None
+        raise ConfigError(
+            f"run_dir {run_dir} cannot be written ({os_reason(error)}); choose another --run_dir"
+        ) from None
 
 
 def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:
