@@ -30,6 +30,8 @@ def os_reason(error: OSError) -> str:
 
 def refusal(error: Exception) -> str | None:
     """One line about an error that the user has to deal with; None for others (a bug, a network, a failing disk)."""
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+        return f"user {os.getuid()} has no home folder for '~'; set HOME, or write paths without it"
     if not isinstance(error, OSError):
         return None
     if error.errno == errno.ENOENT and "temporary directory" in str(error):

@@ -197,10 +197,10 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
         raise ConfigError(
             f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
         ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {run_dir} cannot be written ({os_reason(error)}); choose another --run_dir"
-        ) from None
+    except (OSError, NotImplementedError) as error:
+        # The latter on file systems without locks.
+        reason = os_reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({reason}); choose another --run_dir") from None
 
 
 def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:

@@ -96,11 +96,11 @@ def main(argv: list[str]) -> None:
     follow_launcher()
     place = find_place()
     with reported_errors(place):
+        run_dir = choose_run_dir(arguments.run_dir, arguments.resume)
         from trainer.assemble import assemble, load_run_config
         from trainer.loop import train
         from trainer.ranks.preemption import ToldToStop
 
-        run_dir = choose_run_dir(arguments.run_dir, arguments.resume)
         config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
         run_dir = run_dir or Path("runs") / f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         try:

@@ -48,6 +48,8 @@ def file(tmp_path) -> Path:
         (OSError(errno.EIO, "Input/output error", "/x"), None),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
         (KeyError("x"), None),
+        (RuntimeError("Could not determine home directory."), "has no home folder for '~'; set HOME, or write paths"),
+        (RuntimeError("a bug"), None),
     ],
 )
 def test_which_errors_are_the_users(error, words):
@@ -88,7 +90,9 @@ def test_a_user_without_a_home_is_told_which_settings_there_are(monkeypatch):
     for explicit in (None, "~/cache"):
         if explicit:
             monkeypatch.setenv("DECLIP_CACHE", explicit)
-        with pytest.raises(DataError, match=r"no home and HOME is not set; choose one with data.cache_dir or .*CACHE"):
+        with pytest.raises(
+            DataError, match=r"has no home folder for '~.*'; set HOME, or choose one with data.cache_dir or"
+        ):
             cache_dir()
     monkeypatch.setenv("DECLIP_CACHE", "/x")
     assert cache_dir() == Path("/x")

@@ -29,7 +29,7 @@ def together(action: Callable[[], _T]) -> _T:
         result = action()
     except (ConfigError, DataError) as error:
         message = str(error)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         message = refusal(error)
         if message is None:
             raise

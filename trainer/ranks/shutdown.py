@@ -96,8 +96,8 @@ def plain_errors() -> Iterator[None]:
     """`reported_errors` for a process that has no ranks: one line and exit code 2 for what the user can mend."""
     try:
         yield
-    except (ConfigError, DataError, OSError) as error:
-        said = refusal(error) if isinstance(error, OSError) else str(error)
+    except (ConfigError, DataError, OSError, RuntimeError) as error:
+        said = str(error) if isinstance(error, ConfigError | DataError) else refusal(error)
         if said is None:
             raise
         print(f"error: {said}", file=sys.stderr, flush=True)
