@@ -29,8 +29,8 @@ def cache_dir() -> Path:
         return root / "declip-trainer"
     except RuntimeError:
         raise DataError(
-            f"there is no folder for caches: user {os.getuid()} has no home folder for '{explicit or base or '~'}'; set "
-            "HOME, or choose one with data.cache_dir or the environment variable DECLIP_CACHE"
+            f"there is no folder for caches: user {os.getuid()} has no home folder for '{explicit or base or '~'}'; "
+            "set HOME, or choose one with data.cache_dir or the environment variable DECLIP_CACHE"
         ) from None
 
 
