@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks import accumulation, collectives, filip, loader, loss, train_step, views
 from benchmarks.processes import Peer, run_in_fresh_process
 from benchmarks.report import Row, console_table, write_results
+from data.writing import try_folder
 
 _BENCHMARKS = {module.NAME: module for module in (loss, collectives, filip, train_step, loader, views, accumulation)}
 _DEFAULT_FOLDER = Path(__file__).parent / "out"
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     try:
+        try_folder(arguments.out, "choose another --out")
         peers = find_peers(arguments.peer_path)
     except ValueError as error:
         parser.error(str(error))

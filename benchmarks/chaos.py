@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import machine_description
+from data.errors import DataError
+from data.writing import try_folder
 from tests.faults.campaign import Campaign, Outcome, plan
 from tests.faults.kinds import KINDS
 
@@ -138,6 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.faults < 1:
         parser.error(f"--faults {arguments.faults}: give at least 1")
+    try:
+        try_folder(arguments.out, "choose another --out")
+    except DataError as error:
+        parser.error(str(error))
     command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if argv is None else argv)])
     # In a log the table keeps its width.
     console = Console(width=None if sys.stdout.isatty() else 240)

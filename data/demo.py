@@ -22,8 +22,11 @@ from PIL import __version__ as pillow_version
 from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
 from data.builtin.splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
+from data.errors import DataError
 from data.rng import keyed_permutation
 from data.shards.cache import cache_dir as default_cache_dir
+from data.shards.cache import writing_cache
+from data.writing import try_folder, writing_to
 
 __all__ = ["NAME", "VERSION", "UnicodeSymbols", "ensure_unicode_symbols", "render_unicode_symbols", "resolve_builtin"]
 
@@ -58,8 +61,15 @@ def ensure_unicode_symbols(cache_dir: Path) -> UnicodeSymbols:
 
     Args:
         cache_dir: Folder for made files; created if needed.
+
+    Raises:
+        DataError: The folder cannot be written.
     """
-    root = Path(cache_dir) / f"{NAME}-{VERSION}"
+    with writing_cache(cache_dir):
+        return _ensure(Path(cache_dir) / f"{NAME}-{VERSION}")
+
+
+def _ensure(root: Path) -> UnicodeSymbols:
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root.parent / f".{root.name}.lock", timeout=_LOCK_TIMEOUT_S):
@@ -193,15 +203,23 @@ def _manifest(splits: Splits) -> dict:
     }
 
 
+def _ensure_in(out: Path) -> UnicodeSymbols:
+    advice = "choose another --out"
+    if not (out / f"{NAME}-{VERSION}").is_dir():
+        try_folder(out, advice)
+    with writing_to(out, advice):
+        return _ensure(out / f"{NAME}-{VERSION}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Make the built-in set unicode-symbols.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make it under (default: the cache folder)")
     options = parser.parse_args(arguments)
     try:
-        symbols = ensure_unicode_symbols(options.out or default_cache_dir())
-    except OSError as error:
-        print(f"cannot make {NAME}: {error}", file=sys.stderr)
+        symbols = _ensure_in(options.out) if options.out else ensure_unicode_symbols(default_cache_dir())
+    except DataError as error:
+        print(f"error: cannot make {NAME}: {error}", file=sys.stderr)
         return 2
     manifest = json.loads((symbols.root / _MANIFEST).read_text(encoding="utf-8"))
     print(symbols.root)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.errors import DataError, printable
 from data.shards.index_store import IndexStore, in_threads, sidecar_path
@@ -10,6 +11,9 @@ from data.shards.remote import display_name
 from data.shards.shard_index import ShardIndex
 from data.shards.sources import is_remote
 from data.sources import parse_sources
+from data.writing import os_reason, try_folder
+
+_ELSEWHERE = "use --cache to write to the cache folder instead"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,16 +40,20 @@ def _index_one(shard: str, store: IndexStore, arguments: argparse.Namespace) -> 
         try:
             index.save(sidecar_path(shard))
         except OSError as error:
-            raise DataError(f"{sidecar_path(shard)}: {error.strerror}; use --cache to write elsewhere") from None
+            raise DataError(f"{sidecar_path(shard)} cannot be written ({os_reason(error)}); {_ELSEWHERE}") from None
     return shard, index
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    store = IndexStore.create()
     try:
+        store = IndexStore.create()
         (source,) = parse_sources(arguments.shards)
+        if not arguments.cache:
+            # Before hours of scanning.
+            for folder in {Path(shard).parent for shard in source.shards if Path(shard).is_file()}:
+                try_folder(folder, _ELSEWHERE)
         samples, excluded = 0, 0
         for shard, index in in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
             usable, labels = index.with_captions(), int((~index.captioned).sum())

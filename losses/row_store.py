@@ -18,7 +18,7 @@ class RowStore:
             the system writes out and reads back as it needs. The file has no name and ends with the process.
 
     Raises:
-        OSError: There is no room for the file.
+        OSError: There is no room for the file; says what moves it.
     """
 
     def __init__(self, capacity: int, dim: int, memory_bytes: int) -> None:
@@ -26,10 +26,11 @@ class RowStore:
         self.is_mapped = 4 * capacity * dim > memory_bytes
         self._count = 0
         if self.is_mapped:
-            with tempfile.TemporaryFile() as file:
-                # Not `truncate`: a hole that cannot be filled later kills the process by a signal.
-                os.posix_fallocate(file.fileno(), 0, 4 * capacity * dim)
-                self._rows = np.memmap(file, dtype=np.float32, mode="r+", shape=(capacity, dim))
+            try:
+                self._rows = _mapped(capacity, dim)
+            except OSError as error:
+                needed = f"{4 * capacity * dim} bytes of features; TMPDIR moves them"
+                raise OSError(error.errno, f"{error.strerror or error}, for {needed}", tempfile.gettempdir()) from None
         else:
             self._rows = np.empty((capacity, dim), dtype=np.float32)
 
@@ -49,3 +50,10 @@ class RowStore:
     def select(self, index: Tensor) -> Tensor:
         """The rows at int64 [m] ascending places, on the CPU, a copy."""
         return torch.from_numpy(self._rows[: self._count][index.numpy()])
+
+
+def _mapped(capacity: int, dim: int) -> np.ndarray:
+    with tempfile.TemporaryFile() as file:
+        # Not `truncate`: a hole that cannot be filled later kills the process by a signal.
+        os.posix_fallocate(file.fileno(), 0, 4 * capacity * dim)
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=(capacity, dim))

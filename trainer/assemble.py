@@ -3,13 +3,18 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from data.shards.index_store import describe_sources
+from data.sources import continue_sources
+from data.writing import os_reason
 from trainer.building import build_method
-from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
+from trainer.changes import Changes, find_changes
+from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints, read_state
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed
 from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
@@ -31,6 +36,7 @@ from trainer.ranks.preemption import STOPPED_EARLY, stop_if_told
 from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
+from trainer.trackers import try_trackers
 
 DEFAULT_RECIPE = "demo"
 
@@ -90,14 +96,20 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
+    together(lambda: try_trackers(run_dir, config.logging) if place.is_main else None)
     checkpoint, warnings = find_checkpoint(run_dir, arguments.resume)
     for warning in warnings:
         console.warn(warning)
-    together(lambda: leave_later_branch(run_dir, checkpoint) if place.is_main else None)
     _check_same_settings(config, resolved, precision)
+    setup = {"ranks": place.world_size, "precision": precision, "device": device.type, "deepspeed": resolved.portable}
+    before, changes = _compare(checkpoint, config, setup)
+    for line in changes.lines:
+        console.line(line)
     console.line(f"{config.recipe} -> {run_dir}: opening the data (shards are scanned, and built-in sets made, once)")
     stop_if_told(run_dir)
     sources = index_sources(config, place)
+    if before is not None:
+        sources = continue_sources(sources, list(before.samples_seen), before.data_fingerprint)
     stop_if_told(run_dir)
     evaluation = together(lambda: Evaluation(config, tokenizer, place))
     torch.manual_seed(config.train.seed)
@@ -124,17 +136,27 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
 
     data = together(lambda: open_data(start_step, offset))
     state = TrainerState(
-        start_step, dump_config(config), tokenizer.hash, data.loader.fingerprint, data.loader.order_fingerprint, {}
+        start_step,
+        dump_config(config),
+        tokenizer.hash,
+        data.loader.fingerprint,
+        data.loader.order_fingerprint,
+        {},
+        setup=setup,
+        sources=describe_sources(sources),
     )
     guard = Guard(config.guard)
     if saved is not None:
         _continue_from(saved, state, engine, checkpoint, console)
         guard.load_state(saved.guard)
+    # Only once nothing can refuse to go on from there.
+    together(lambda: leave_later_branch(run_dir, checkpoint) if place.is_main else None)
     estimate = prepare_checkpoints(engine, run_dir / "checkpoints", must_fit=checkpoint is None)
     dropped = together(lambda: _open_run_dir(run_dir, config, resolved, state.step) if place.is_main else 0)
     metrics = together(lambda: open_metrics(state.step))
     if metrics is not None and checkpoint is not None:
         details = {"world_size": place.world_size, "dropped_records": dropped, "damaged_checkpoints": len(warnings)}
+        details["changed"] = {key: list(values) for key, values in changes.values.items()}
         metrics.event("resumed", state.step, checkpoint=str(checkpoint), **details)
     stop_if_told(run_dir)
     _announce(console, config, run_dir, engine, plan, precision, place, data)
@@ -175,8 +197,10 @@ def _lock_run_dir(run_dir: Path) -> FileLock:
         raise ConfigError(
             f"run_dir {run_dir} is in use by another process; wait for it to end or choose another --run_dir"
         ) from None
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another") from None
+    except (OSError, NotImplementedError) as error:
+        # The latter on file systems without locks.
+        reason = os_reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({reason}); choose another --run_dir") from None
 
 
 def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precision: str) -> None:
@@ -190,6 +214,26 @@ def _check_same_settings(config: RunConfig, resolved: ResolvedDeepSpeed, precisi
                 f"rank {rank} resolved other settings than rank 0; use the same checkout and kind of device on all "
                 "nodes, and set train.precision explicitly"
             )
+
+
+def _compare(checkpoint: Path | None, config: RunConfig, setup: dict[str, Any]) -> tuple[TrainerState | None, Changes]:
+    """The state of the run that is continued, and what differs from it. Collective."""
+    if checkpoint is None:
+        return None, Changes({}, [])
+    before, _ = together(lambda: read_state(checkpoint))
+    # The queue or clusters are read where they are needed.
+    before.method_state = {}
+    if "deepspeed" not in before.setup:
+        before.setup |= on_main(lambda: _saved_deepspeed(checkpoint))
+    return before, together(lambda: find_changes(before, config, setup, str(checkpoint)))
+
+
+def _saved_deepspeed(checkpoint: Path) -> dict[str, Any]:
+    """Of a checkpoint that does not say: the DeepSpeed file of its run."""
+    try:
+        return {"deepspeed": json.loads((checkpoint.parent.parent / "ds_config.json").read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {}
 
 
 def _check_queue(config: RunConfig, sources: list) -> None:
@@ -207,7 +251,7 @@ def _continue_from(
 ) -> None:
     """Take over the method's state, refusing a checkpoint that this run could not continue exactly."""
     checks = {
-        "tokenizer": (saved.tokenizer_hash, state.tokenizer_hash, "data.mask_token and model.context_length"),
+        "tokenizer": (saved.tokenizer_hash, state.tokenizer_hash, "data.tokenizer, data.mask_token, context_length"),
         "training set": (saved.data_fingerprint, state.data_fingerprint, "data.train"),
         "data order": (
             saved.order_fingerprint,
@@ -217,14 +261,25 @@ def _continue_from(
     }
     for what, (old, new, keys) in checks.items():
         if old != new:
+            sources = _differing_source(saved.sources, state.sources) if what == "training set" else None
             raise ConfigError(
-                f"checkpoint {checkpoint} was made with another {what} ({old[:12]}, now {new[:12]}); "
+                f"checkpoint {checkpoint} was made with another {what} ({sources or f'{old[:12]}, now {new[:12]}'}); "
                 f"restore {keys} as they were, or start a new --run_dir"
             )
     engine.method.load_method_state(saved.method_state)
     if engine.method.state_digest() != saved.method_digest:
         console.warn(f"the method's state in {checkpoint.name} was adapted to this configuration")
     state.bad_samples, state.data_offset = saved.bad_samples, saved.data_offset
+
+
+def _differing_source(saved: dict[str, str], now: dict[str, str]) -> str | None:
+    """Where two mixtures differ: in their sources, or in what one of them holds."""
+    if not saved or len(saved) != len(now):
+        return f"{len(saved)} sources, now {len(now)}" if saved else None
+    for (name, old), (new_name, new) in zip(saved.items(), now.items(), strict=True):
+        if old != new:
+            return f"source '{name}' was {old}; now '{new_name}' is {new}"
+    return "names of its shards, or the samples in each of them"
 
 
 def _open_run_dir(run_dir: Path, config: RunConfig, resolved: ResolvedDeepSpeed, step: int) -> int:

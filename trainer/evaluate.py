@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.writing import try_folder, writing_to
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
 
+_ADVICE = "choose another folder with --out"
 _EPILOG = """examples:
   python -m trainer.evaluate runs/declip
   python -m trainer.evaluate runs/declip --step 2000 --set symbols=unicode-symbols/typeface
@@ -112,6 +114,8 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     device = select_device(config.train.device, place)
     init_distributed(device, place, resolve_workers(config, place))
     console = Console(place.is_main)
+    out = arguments.out or arguments.run_dir / "evaluation"
+    on_main(lambda: try_folder(out, _ADVICE))
     baselines = on_main(lambda: read_baselines(arguments.baselines) if arguments.baselines else None)
     trained = together(lambda: load_trained(arguments.run_dir, arguments.step, arguments.weights))
     evaluation = together(lambda: Evaluation(config, trained.tokenizer, place))
@@ -128,10 +132,11 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     records = benchmark_records(results, config.model.name, str(folder))
     if shifted:
         records.append(_robustness(results, arguments.reference, shifted, baselines, records[0]))
-    out = arguments.out or arguments.run_dir / "evaluation" / folder.name
+    out = arguments.out or out / folder.name
     # A file for each, as CLIP_benchmark writes them: its `build` makes a table of a folder.
-    for record in records:
-        write_json(out / f"{record['dataset']}_{record['task']}.json", record)
+    with writing_to(out, _ADVICE):
+        for record in records:
+            write_json(out / f"{record['dataset']}_{record['task']}.json", record)
     console.table(results_table(results))
     if shifted:
         console.line("  ".join(f"{name} {value:.2%}" for name, value in records[-1]["metrics"].items()))

@@ -13,7 +13,7 @@ from trainer.checkpoint import prune_checkpoints, save_checkpoint
 from trainer.engine.ema import averaged_weights, update_average
 from trainer.engine.replicas import average_local_statistics, verify_replicas
 from trainer.errors import ConfigError, SaveError
-from trainer.metrics import evaluated_sets
+from trainer.metrics import evaluated_sets, writable
 from trainer.preview import look_ahead
 from trainer.ranks.agreement import on_main
 from trainer.ranks.preemption import STOPPED_EARLY, Preemption
@@ -64,7 +64,8 @@ def train(run: Run) -> None:
         if run.state.step == config.train.steps:
             _evaluate_if_due(run)
         if stopped and run.place.is_main and run.state.step < config.train.steps:
-            (run.run_dir / STOPPED_EARLY).touch()
+            with writable(run.run_dir):
+                (run.run_dir / STOPPED_EARLY).touch()
         run.watchdog.enter(run.state.step, "end")
         # Not after an error: the vote in flight may be waiting for a rank that is gone.
         preemption.close()

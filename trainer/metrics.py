@@ -1,9 +1,8 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, optionally W&B, and the console."""
+"""Metrics of a run: metrics.jsonl, the trackers, and the console."""
 
 import json
 import math
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import rich.table
 
 from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
+from trainer.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -24,20 +24,20 @@ class MetricsWriter:
     """Writes one record per logged step and one per event. Lives on rank 0 only.
 
     Raises:
-        ConfigError: From any method, when the disk is full or gone.
+        ConfigError: From any method, when the disk is full or gone; at first also when a tracker cannot be opened.
     """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, start_step: int = 0) -> None:
         self.path = run_dir / METRICS
-        self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(run_dir, start_step) if config.tensorboard else None
-        self._wandb = _wandb(run_dir, config.wandb_project) if config.wandb_project else None
+        with writable(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+        self._trackers = Trackers(run_dir, config, start_step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append the metrics of one step."""
         self._append(record)
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
-        self._scalars(numbers, record["step"])
+        self._trackers.log(numbers, record["step"])
 
     def event(self, name: str, step: int, **details: Any) -> None:
         """Append an event (`resumed`, `checkpoint`, `bad_sample`, `skipped_step`, `loss_spike`, `rollback`, `eval`)."""
@@ -45,15 +45,13 @@ class MetricsWriter:
         if name == "eval":
             prefix = f"eval/{details['set']}/"
             numbers = {prefix + key: value for key, value in details.items() if isinstance(value, float)}
-            self._scalars(numbers, step)
+            self._trackers.log(numbers, step)
 
     def close(self) -> None:
         """Flush and close every destination."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with writable(self.path):
+            self._file.close()
+        self._trackers.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         # JSON has no NaN; null keeps every line readable by any parser.
@@ -61,14 +59,6 @@ class MetricsWriter:
         with writable(self.path):
             self._file.write(json.dumps(clean) + "\n")
             self._file.flush()
-
-    def _scalars(self, numbers: dict[str, float], step: int) -> None:
-        if self._tensorboard is not None:
-            with writable(self.path.with_name("tensorboard")):
-                for key, value in numbers.items():
-                    self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
 
 
 @contextmanager
@@ -175,26 +165,3 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def _tensorboard(run_dir: Path, start_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("logging.tensorboard needs the tensorboard package: pip install tensorboard") from None
-    # A resumed run replaces what came after its checkpoint, as in metrics.jsonl.
-    return SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None)
-
-
-def _wandb(run_dir: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("logging.wandb_project needs wandb: pip install 'declip-trainer[tracking]'") from None
-    # Kept in the folder: a resumed run goes on in its own record, and a namesake elsewhere has another.
-    identity = run_dir / "wandb_id"
-    run_id = identity.read_text(encoding="utf-8").strip() if identity.is_file() else ""
-    if not run_id:
-        run_id = uuid.uuid4().hex[:12]
-        identity.write_text(run_id, encoding="utf-8")
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_id)

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from data.writing import try_file, writing_to
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
 
+_ADVICE = "choose another file with --out"
 _CONFIDENCE = 0.995
 
 
@@ -80,7 +82,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.evaluation.zero_shot import zero_shot_ranks
     from trainer.metrics import Console
     from trainer.pipeline import index_sources, index_store, resolve_workers
-    from trainer.ranks.agreement import together
+    from trainer.ranks.agreement import on_main, together
     from trainer.trained import TrainedModel, load_trained, run_config
 
     if not 0 <= arguments.distance <= 15:
@@ -89,6 +91,8 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     device = select_device(arguments.device, place)
     init_distributed(device, place, resolve_workers(config, place))
     console = Console(place.is_main)
+    out = arguments.out or arguments.run_dir / "evaluation" / "overlap.json"
+    on_main(lambda: try_file(out, _ADVICE))
     trained = together(lambda: load_trained(arguments.run_dir, arguments.step))
     evaluation = together(lambda: Evaluation(config, trained.tokenizer, place))
     classified = [data for data in evaluation.sets if "zero_shot" in data.tasks]
@@ -124,8 +128,9 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
         cells = [f"{figures[name]:.2%}" if name in figures else "" for name in shares]
         table.add_row(data.name, *cells, f"{figures['p_value']:.3g}" if "p_value" in figures else "")
     if place.is_main:
-        path = arguments.out or arguments.run_dir / "evaluation" / f"overlap_{trained.checkpoint.name}.json"
-        write_json(path, {"train_samples": len(train_hashes), "sets": records})
+        path = arguments.out or out.with_name(f"overlap_{trained.checkpoint.name}.json")
+        with writing_to(path, _ADVICE):
+            write_json(path, {"train_samples": len(train_hashes), "sets": records})
         console.table(table)
         console.line(f"figures and the keys of near-duplicates in {path}")
 

@@ -208,7 +208,7 @@ def index_sources(config: RunConfig, place: Place) -> list[IndexedSource]:
         ConfigError: A shard is missing, damaged or without usable samples, or more samples than
             `data.max_bad_fraction` lack an image or a caption.
     """
-    cache, store = project_cache(config), index_store(config)
+    cache, store = together(lambda: (project_cache(config), index_store(config)))
     # Rank 0 renders or lists first, so that the others find it done.
     together(lambda: parse_sources(config.data.train, cache) if place.is_main else None)
     parsed = together(lambda: parse_sources(config.data.train, cache))

@@ -41,8 +41,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     )
     parser.add_argument("--ds_config", "--deepspeed_config", metavar="PATH", help="DeepSpeed JSON (default: ZeRO 0)")
     parser.add_argument("--recipe", default=None, metavar="NAME|PATH", help="recipe (default: demo)")
-    parser.add_argument("--run_dir", metavar="DIR", help="folder of the run (default: runs/<recipe>-<date-time>)")
-    parser.add_argument("--resume", default="never", metavar="auto|never|PATH", help="where to continue from")
+    parser.add_argument("--run_dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--resume", default="never", metavar="auto|never|PATH", help="auto: go on in --run_dir")
     parser.add_argument("--dry_run", action="store_true", help="resolve everything, print the plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args(argv)
@@ -64,6 +64,31 @@ def _overrides(rest: list[str]) -> dict[str, str]:
     return found
 
 
+def choose_run_dir(given: str | None, resume: str) -> Path | None:
+    """The run's folder as far as the command line says it; None: a new one under `runs`.
+
+    A run that is continued by the path of its folder, or of a checkpoint in it, stays there.
+
+    Raises:
+        ConfigError: `--resume auto` without a folder to look in, or a path that is neither.
+    """
+    if given:
+        return Path(given)
+    if resume == "never":
+        return None
+    if resume == "auto":
+        raise ConfigError("--resume auto continues the run in --run_dir, which is missing; add --run_dir DIR")
+    path = Path(resume)
+    if path.parent.name == "checkpoints":
+        path = path.parent.parent
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--resume {resume}: neither the folder of a run nor a checkpoint (step_<N>) in one; add --run_dir DIR to "
+            "continue a checkpoint that lies elsewhere"
+        )
+    return path
+
+
 def main(argv: list[str]) -> None:
     """Parse, assemble, train."""
     listen()
@@ -71,11 +96,11 @@ def main(argv: list[str]) -> None:
     follow_launcher()
     place = find_place()
     with reported_errors(place):
+        run_dir = choose_run_dir(arguments.run_dir, arguments.resume)
         from trainer.assemble import assemble, load_run_config
         from trainer.loop import train
         from trainer.ranks.preemption import ToldToStop
 
-        run_dir = Path(arguments.run_dir) if arguments.run_dir else None
         config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
         run_dir = run_dir or Path("runs") / f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         try:

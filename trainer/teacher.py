@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.writing import try_file, writing_to
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from losses.row_store import RowStore
     from models.hf_towers import HfTextTower
 
+_ADVICE = "choose another file with --out"
 _CHUNK_ROWS = 1 << 16
 
 
@@ -106,6 +108,7 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     device = select_device(arguments.device, place)
     init_distributed(device, place, resolve_workers(config, place))
     console = Console(place.is_main)
+    on_main(lambda: try_file(arguments.out, _ADVICE, make=False))
 
     def open_model() -> tuple[Any, Any]:
         try:
@@ -179,12 +182,8 @@ def encode_captions(
 
 
 def _create(path: Path, count: int, dim: int) -> None:
-    from trainer.errors import ConfigError
-
-    try:
+    with writing_to(path, _ADVICE):
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, dim)).flush()
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written ({error.strerror}); choose another") from None
 
 
 def main(argv: list[str]) -> None:

@@ -22,6 +22,7 @@ from benchmarks.family.runs import Records, RunKey, control_steps, train, write_
 from benchmarks.family.sets import open_built_in, open_folder
 from benchmarks.processes import Runner, run_in_fresh_process
 from data.errors import DataError
+from data.writing import try_folder
 
 _ROOT = Path(__file__).resolve().parents[2]
 _USUAL = _ROOT.parent / "shared" / "data" / "pictograms"
@@ -45,8 +46,8 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
         parser.error("--epochs must be at least 3: ProtoCLIP's first and last have no prototypes")
     names = [name for name in ENTRIES if name in arguments.methods or name == CONTROL]
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        try_folder(out, "choose another --out")
         data = _open_data(arguments, out)
         steps = arguments.epochs * data.steps_per_epoch
         records = Records(out / "results.json", settings_of(data, steps))

@@ -3,21 +3,44 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+from data.errors import DataError
+from data.writing import writing_to
+
+_ADVICE = "choose another cache folder with data.cache_dir or the environment variable DECLIP_CACHE, or free some space"
 
 
 def cache_dir() -> Path:
     """Returns the cache folder of the project (not created here).
 
     The environment variable DECLIP_CACHE wins, then $XDG_CACHE_HOME/declip-trainer, then ~/.cache/declip-trainer.
+
+    Raises:
+        DataError: None of them says a folder: in a container the user may have no home.
     """
     explicit = os.environ.get("DECLIP_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base).expanduser() if base else Path.home() / ".cache"
-    return root / "declip-trainer"
+    try:
+        if explicit:
+            return Path(explicit).expanduser()
+        root = Path(base).expanduser() if base else Path.home() / ".cache"
+        return root / "declip-trainer"
+    except RuntimeError:
+        raise DataError(
+            f"there is no folder for caches: user {os.getuid()} has no home folder for '{explicit or base or '~'}'; "
+            "set HOME, or choose one with data.cache_dir or the environment variable DECLIP_CACHE"
+        ) from None
+
+
+def writing_cache(folder: Path) -> AbstractContextManager[None]:
+    """Turns what the system refuses in the cache folder into a DataError that names it and the setting that moves it.
+
+    Args:
+        folder: The cache folder, or one in it.
+    """
+    return writing_to(folder, _ADVICE)
 
 
 @contextmanager

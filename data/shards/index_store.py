@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from data.errors import DataError
-from data.shards.cache import atomic_path, cache_dir
+from data.shards.cache import atomic_path, cache_dir, writing_cache
 from data.shards.remote import FetchError, RemoteCache, display_name
 from data.shards.shard_index import ShardIndex, ShardMeta, load_meta, scan_stream
 from data.shards.sources import Source, is_remote
@@ -81,6 +81,19 @@ def fingerprint(sources: Sequence[IndexedSource]) -> str:
     return digest.hexdigest()
 
 
+def describe_sources(sources: Sequence[IndexedSource]) -> dict[str, str]:
+    """Returns what `fingerprint` goes by, a line for each source by name, to tell where two data sets differ.
+
+    Args:
+        sources: In order.
+    """
+    return {
+        source.name: f"{len(source.shards)} shards, {source.num_samples} samples, {int(source.sizes.sum())} bytes, "
+        f"weight {source.weight}"
+        for source in sources
+    }
+
+
 @dataclass(frozen=True)
 class IndexStore:
     """Finds, makes and keeps the indexes of shards.
@@ -118,7 +131,8 @@ class IndexStore:
         if found is not None:
             return found
         index = self._fetch_or_scan_remote(shard) if is_remote(shard) else scan_shard(shard)
-        index.save(self._cached_path(shard, index.file_size, index.mtime_ns))
+        with writing_cache(self.cache):
+            index.save(self._cached_path(shard, index.file_size, index.mtime_ns))
         return index
 
     def load_meta(self, shard: str) -> ShardMeta:
@@ -318,7 +332,7 @@ def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         pass
     totals = _totals_one_by_one(shards, store)
-    with atomic_path(path) as temporary:
+    with writing_cache(store.cache), atomic_path(path) as temporary:
         np.save(temporary, totals)
     return totals
 

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from data.errors import DataError, printable
-from data.shards.cache import atomic_path
+from data.shards.cache import atomic_path, writing_cache
 
 DEFAULT_CACHE_BYTES = 100 << 30
 MAX_FILE_BYTES = 64 << 30
@@ -119,12 +120,13 @@ class RemoteCache:
             DataError: If the scheme needs a package or a permission that is missing, or the disk is full.
         """
         path = self.path(url)
-        if _touch(path, size):
-            return path
+        with writing_cache(self.folder):
+            if _touch(path, size):
+                return path
         when, error = self._failed.get(url, (0.0, None))
         if error is not None and time.monotonic() - when < _REMEMBER_FAILURE_S:
             raise error
-        with self._lock(path.stem):
+        with writing_cache(self.folder), self._lock(path.stem):
             if not _touch(path, size):
                 try:
                     self._fetch_with_retries(url, path, self.max_file_bytes, size)
@@ -132,7 +134,8 @@ class RemoteCache:
                     self._failed[url] = time.monotonic(), failure
                     raise
                 self._failed.pop(url, None)
-        self._evict(keep=path)
+        with writing_cache(self.folder):
+            self._evict(keep=path)
         return path
 
     def discard(self, url: str) -> None:
@@ -178,7 +181,7 @@ class RemoteCache:
         Raises:
             FetchError, DataError: See `fetch`.
         """
-        with atomic_path(self.folder / "small.bin") as temporary:
+        with writing_cache(self.folder), atomic_path(self.folder / "small.bin") as temporary:
             try:
                 self._try_repeatedly(url, temporary, min(MAX_SMALL_FILE_BYTES, self.max_file_bytes))
             except FetchError as error:
@@ -194,14 +197,8 @@ class RemoteCache:
         return FileLock(folder / f"{int(stem, 16) % _LOCK_FILES:04d}.lock")
 
     def _fetch_with_retries(self, url: str, path: Path, limit: int, size: int | None) -> None:
-        try:
-            with atomic_path(path) as temporary:
-                self._try_repeatedly(url, temporary, limit, size)
-        except OSError as error:
-            raise DataError(
-                f"{display_name(url)} cannot be stored in {self.folder} ({error.strerror}); free some space or choose "
-                "another cache folder with DECLIP_CACHE"
-            ) from None
+        with atomic_path(path) as temporary:
+            self._try_repeatedly(url, temporary, limit, size)
 
     def _try_repeatedly(self, url: str, target: Path, limit: int, size: int | None = None) -> None:
         for attempt in range(self.attempts):
@@ -290,10 +287,14 @@ class RemoteCache:
 def _touch(path: Path, size: int | None = None) -> bool:
     """Marks a file as recently used; False if it is not there, or not of this size."""
     try:
-        os.utime(path)
-        return size is None or path.stat().st_size == size
-    except FileNotFoundError:
+        found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    # Another user's file, or one on a read-only disk, cannot be marked and is as good; one that is gone is asked for
+    # again by whoever opens it.
+    with suppress(OSError):
+        os.utime(path)
+    return size is None or found == size
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):

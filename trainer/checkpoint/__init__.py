@@ -12,7 +12,7 @@ from trainer.checkpoint.folders import (
     sweep,
     verify_checkpoint,
 )
-from trainer.checkpoint.restore import load_checkpoint
+from trainer.checkpoint.restore import load_checkpoint, read_state
 from trainer.checkpoint.save import save_checkpoint
 from trainer.checkpoint.shards import read_weights
 from trainer.checkpoint.space import prepare_checkpoints
@@ -25,6 +25,7 @@ __all__ = [
     "load_checkpoint",
     "prepare_checkpoints",
     "prune_checkpoints",
+    "read_state",
     "read_weights",
     "save_checkpoint",
     "set_aside",

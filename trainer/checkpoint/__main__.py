@@ -5,7 +5,9 @@ import datetime
 import sys
 from pathlib import Path
 
+from data.writing import try_file
 from trainer.errors import ConfigError
+from trainer.ranks.shutdown import plain_errors
 
 _EPILOG = """examples:
   python -m trainer.checkpoint list runs/declip
@@ -113,12 +115,14 @@ def _consolidate(folder: Path, out: Path, full_state: Path | None) -> None:
     from trainer.checkpoint.consolidate import consolidate
     from trainer.checkpoint.folders import verify_alone
 
-    problems = verify_alone(folder)
-    if problems:
-        raise ConfigError(f"checkpoint {folder} is damaged: {problems[0]}; choose another with --step")
     for path in (out, full_state):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: {path.parent} is no folder; create it or choose another file")
+        if path is not None:
+            try_file(path, "choose another file")
+    problems = verify_alone(folder)
+    if problems:
+        raise ConfigError(f"checkpoint {folder} is damaged: {problems[0]}; choose another with --step")
     count = consolidate(folder, out, full_state)
     print(f"wrote {count} tensors of {folder} to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
     if full_state is not None:
@@ -126,8 +130,5 @@ def _consolidate(folder: Path, out: Path, full_state: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         sys.exit(main(sys.argv[1:]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -39,20 +39,32 @@ def layout_of(engine: Engine, world_size: int) -> Layout:
     )
 
 
+def read_state(folder: Path) -> tuple[TrainerState, Layout]:
+    """What a checkpoint holds besides the engine's tensors, and how those are cut up; needs no engine.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    saved = read_file(folder / TRAINER_STATE)
+    layout = Layout(**saved.pop("layout"))
+    state = TrainerState(**saved)
+    # Checkpoints from before this was saved.
+    state.setup = {"ranks": layout.world_size, **state.setup}
+    return state, layout
+
+
 def load_checkpoint(engine: Engine, folder: Path, rank: int, world_size: int) -> TrainerState:
     """Restore the engine and return the trainer's state. Collective: all ranks call it.
 
     Raises:
         ConfigError: The checkpoint is of another model or optimizer, or a file of it cannot be read.
     """
-    saved = together(lambda: read_file(folder / TRAINER_STATE))
-    layout = Layout(**saved.pop("layout"))
+    state, layout = together(lambda: read_state(folder))
     current = layout_of(engine, world_size)
     _check_same_model(layout, current, folder)
     _check_same_optimizer(layout, current, folder)
     _place_weights(engine, together(lambda: read_weights(folder) if rank == 0 else {}), folder)
     together(lambda: _place_optimizer_state(engine, folder, layout, current, rank))
-    state = TrainerState(**saved)
     scaler = engine.grad_scaler()
     if scaler is not None and state.grad_scaler:
         scaler.load_state_dict(state.grad_scaler)

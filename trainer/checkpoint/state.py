@@ -8,7 +8,13 @@ FORMAT = 1
 
 @dataclass
 class TrainerState:
-    """Everything a run needs besides the engine's tensors; the same on every rank."""
+    """Everything a run needs besides the engine's tensors; the same on every rank.
+
+    Attributes:
+        samples_seen: By source, in the run's order; the names are part of every random key.
+        setup: What is not in the configuration: `ranks`, `precision`, `device`, `deepspeed`.
+        sources: A line on each data source, for messages.
+    """
 
     step: int
     config: str
@@ -23,6 +29,8 @@ class TrainerState:
     # Step n trains on global batch n + data_offset of the order: what rollbacks have left out.
     data_offset: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    setup: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def as_saved(self) -> dict[str, Any]:

@@ -192,12 +192,18 @@ def _offload_device(zero: dict[str, Any], name: str, source: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--ds_config {path}: no such file; the shipped ones are in ds_configs/ (e.g. zero2.json)")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ConfigError(f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes, no DeepSpeed configuration")
     try:
+        if not path.is_file():
+            raise ConfigError(
+                f"--ds_config {path}: no such file; the shipped ones are in ds_configs/ (e.g. zero2.json)"
+            )
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ConfigError(f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes, no DeepSpeed configuration")
         tree = json.loads(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"--ds_config {path} cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):

@@ -4,7 +4,6 @@ Nothing in here imports torch, so that what is wrong outside the method is said 
 """
 
 import difflib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +52,29 @@ def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
 
 def _recipe_path(recipe: str) -> Path:
     named = RECIPE_DIR / f"{recipe}.yaml"
-    # A name too long for a file is no file.
-    with suppress(OSError):
+    try:
         if "/" not in recipe and named.is_file():
             return named
         path = Path(recipe)
         if path.is_file():
             return path
+    except PermissionError as error:
+        raise ConfigError(f"recipe {recipe} cannot be read ({error.strerror}); check its permissions") from None
+    except OSError:
+        # A name too long for a file is no file.
+        pass
     close = difflib.get_close_matches(recipe, recipe_names(), n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise ConfigError(f"unknown recipe '{recipe}': {hint}give a YAML path or one of: {', '.join(recipe_names())}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
     try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; that is no recipe")
         tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
     except (YamlError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -95,13 +100,14 @@ def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dic
 
 
 def _parse_scalar(key: str, text: str) -> Any:
-    # Brace ranges are data, not YAML flow mappings.
-    if key.startswith("data.train") and not text.lstrip().startswith(("[", "{'", '{"')):
-        return text
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except YamlError:
         return text
+    if not key.startswith("data.train") or isinstance(value, list):
+        return value
+    # A brace range is data; as a YAML flow mapping it has keys without values.
+    return value if isinstance(value, dict) and value and None not in value.values() else text
 
 
 def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -1,9 +1,10 @@
 """The sections of a run's configuration: typed values, one clear error for every mistake."""
 
 import difflib
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainer.errors import ConfigError
 
@@ -48,9 +49,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Shards, order and views. `train` is a path, brace range, list, URL, built-in name or {pattern: weight}."""
+    """Shards, order and views.
 
-    train: str | list[str] | dict[str, float]
+    `train` is a path, brace range, list, URL, built-in name, {pattern: weight} or {name: {path: ..., weight: ...}}.
+    """
+
+    train: str | list[str] | dict[str, float | dict[str, Any]]
     # One augmentation per role a method asks for (`base`, `augmented`): a preset name, or {preset: ..., field: value}.
     augmentation: dict[str, str | dict[str, Any]] = {}
     workers: int | Literal["auto"] = "auto"
@@ -68,6 +72,37 @@ class DataConfig(Section):
     allow_pipe: bool = False
     cache_dir: str | None = None
     cache_gib: float = Field(100.0, gt=0.0)
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _check_mixture(cls, train: Any) -> Any:
+        if not isinstance(train, dict):
+            return train
+        return {str(name): _check_source(str(name), value) for name, value in train.items()}
+
+
+def _check_source(name: str, value: Any) -> float | dict[str, Any]:
+    """A source of a mixture: its weight, or where it is and its weight."""
+    if not isinstance(value, dict):
+        return _check_weight(name, value)
+    unknown = sorted(set(map(str, value)) - {"path", "weight"})
+    if unknown or "path" not in value:
+        raise ValueError(f"the source '{name}' takes path and weight, got {', '.join(map(str, value)) or 'nothing'}")
+    path = value["path"]
+    paths = path if isinstance(path, list) else [path]
+    if not paths or not all(isinstance(entry, str) and entry for entry in paths):
+        raise ValueError(f"the path of the source '{name}' must be a path or a list of paths, got {path!r}")
+    return {"path": path, "weight": _check_weight(name, value.get("weight", 1.0))}
+
+
+def _check_weight(name: str, weight: Any) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(weight, bool) or not 0.0 < number < math.inf:
+        raise ValueError(f"the weight of the source '{name}' must be a number above 0, got {weight!r}")
+    return number
 
 
 class EvalSet(Section):

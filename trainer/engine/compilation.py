@@ -1,6 +1,9 @@
 """`train.compile`: the towers through torch.compile."""
 
+import getpass
+import os
 import shutil
+import tempfile
 
 import torch
 
@@ -17,8 +20,17 @@ def compile_towers(method: Method, device: torch.device) -> None:
         ConfigError: torch.compile has no compiler here.
     """
     _check_compiler(device)
+    _name_cache()
     method.model.image_tower.compile()
     method.model.text_tower.compile(dynamic=True)
+
+
+def _name_cache() -> None:
+    """torch calls its cache by the user's name, which nobody may know in a container."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.errors import DataError
-from trainer.errors import ConfigError
-from trainer.export.export import FORMATS, export, load_run
+from trainer.export.export import FORMATS, check_out, export, load_run
+from trainer.ranks.shutdown import plain_errors
 
 _EPILOG = """examples:
   python -m trainer.export runs/declip --to openclip
@@ -44,6 +43,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Export one checkpoint; returns the exit code."""
     arguments = parse_arguments(argv)
+    # Before the weights are read.
+    check_out(Path(arguments.out) if arguments.out else Path(arguments.run, "export", "step"))
     exported = load_run(Path(arguments.run), arguments.step, arguments.weights)
     out = Path(arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}")
     export(exported, arguments.to, out)
@@ -52,8 +53,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -4,13 +4,16 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from data.writing import os_reason, try_folder, writing_to
 from trainer.config.recipe import dump_config
 from trainer.errors import ConfigError
 from trainer.export.card import write_card
 from trainer.export.exported import Exported
 from trainer.trained import load_trained
 
+_ADVICE = "choose another --out"
 FORMATS = ("openclip", "huggingface", "safetensors", "onnx")
 
 
@@ -27,6 +30,18 @@ def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Expor
         trained.weights,
         method.has_global_embeddings,
     )
+
+
+def check_out(out: Path) -> None:
+    """Find out early whether a folder can be made there.
+
+    Raises:
+        ConfigError, DataError: There is something already, or the folder above cannot be written.
+    """
+    with writing_to(out, _ADVICE):
+        if out.exists():
+            raise ConfigError(f"{out} exists already; remove it or choose another --out")
+    try_folder(out.parent, _ADVICE)
 
 
 @torch.no_grad()
@@ -46,8 +61,7 @@ def export(exported: Exported, layout: str, out: Path) -> None:
             f"{exported.run} compares images and captions token by token, which {layout} cannot hold; export "
             "--to safetensors, or train with method.w_clip above 0"
         )
-    if out.exists():
-        raise ConfigError(f"{out} exists already; remove it or choose another --out")
+    check_out(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -59,8 +73,9 @@ def export(exported: Exported, layout: str, out: Path) -> None:
             # The safetensors library makes files that only their owner can read.
             path.chmod(card.stat().st_mode)
         partial.rename(out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
+    except (OSError, SafetensorError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f"{out} cannot be written ({reason}); {_ADVICE}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.writing import refusal
 from trainer.errors import ConfigError
 
 _T = TypeVar("_T")
@@ -28,6 +29,10 @@ def together(action: Callable[[], _T]) -> _T:
         result = action()
     except (ConfigError, DataError) as error:
         message = str(error)
+    except (OSError, RuntimeError) as error:
+        message = refusal(error)
+        if message is None:
+            raise
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     for text in messages:

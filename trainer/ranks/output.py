@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from data.writing import try_folder
 from trainer.ranks.launch import Place
 
 # A folder, set by the job script: ranks other than 0 write there instead of into the job's log.
@@ -52,7 +53,7 @@ class Output:
         self._folder = Path(os.environ[RANK_LOGS]) if os.environ.get(RANK_LOGS) else None
         self._log: Path | None = None
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try_folder(self._folder, f"point {RANK_LOGS} to a folder that can be written, or unset it")
             # A copy of the job's log, for the message of a rank that fails.
             self._shared = os.dup(2)
             if not place.is_main:

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from data.errors import DataError
+from data.writing import refusal
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
 from trainer.ranks.output import Output
@@ -55,8 +57,6 @@ def reported_errors(place: Place) -> Iterator[None]:
     The process leaves at once, without the orderly shutdown of process groups: the other ranks may be waiting in a
     collective this rank will never join, and the launcher ends them when this one exits with an error.
     """
-    from data.errors import DataError
-
     global _output
     _output = Output(place)
     try:
@@ -67,6 +67,9 @@ def reported_errors(place: Place) -> Iterator[None]:
     except KeyboardInterrupt:
         _leave(place, "interrupted", 130)
     except Exception as error:
+        said = refusal(error)
+        if said is not None:
+            _leave(place, f"error: {said}", USER_ERROR)
         if _is_lost_contact(error):
             # The rank that failed prints why; leaving after it lets its exit code be the job's.
             time.sleep(_LOST_CONTACT_SECONDS)
@@ -88,17 +91,27 @@ def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT)
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """`reported_errors` for a process that has no ranks: one line and exit code 2 for what the user can mend."""
+    try:
+        yield
+    except (ConfigError, DataError, OSError, RuntimeError) as error:
+        said = str(error) if isinstance(error, ConfigError | DataError) else refusal(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+
+
 def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run `main` as a process: exit code 2 and one line for mistakes made before the ranks are known.
 
     A good end leaves through `os._exit` after the process group is closed, because threads of communication
     libraries can abort a process that is already done.
     """
-    try:
+    with plain_errors():
         main(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
     _close_process_group()
     _finalize_mpi()
     _join_queue_threads()

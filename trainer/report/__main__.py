@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.writing import os_reason, try_file, writing_to
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
+
+_ADVICE = "choose another file with --out"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -29,12 +32,25 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
     if place.world_size > 1:
         raise ConfigError("a report is written by one process; start it as python -m trainer.report")
     histories = read_histories(arguments.run_dirs)
-    examples = [] if arguments.curves_only else _examples(arguments, [history.name for history in histories], place)
-    settings = [(history.name, (history.run_dir / "config.yaml").read_text(encoding="utf-8")) for history in histories]
     path = arguments.out or arguments.run_dirs[0] / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(histories, examples, settings), encoding="utf-8")
+    try_file(path, _ADVICE)
+    settings = [(history.name, _settings(history.run_dir)) for history in histories]
+    examples = [] if arguments.curves_only else _examples(arguments, [history.name for history in histories], place)
+    page = render_page(histories, examples, settings)
+    with writing_to(path, _ADVICE):
+        path.write_text(page, encoding="utf-8")
     print(f"report in {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _settings(run_dir: Path) -> str:
+    from trainer.errors import ConfigError
+
+    path = run_dir / "config.yaml"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else "not text"
+        raise ConfigError(f"{path} cannot be read ({reason}); give the --run_dir of a training run") from None
 
 
 def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> list[tuple[str, Any]]:

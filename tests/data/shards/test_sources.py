@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.shards.sources import expand_braces, is_remote
-from data.sources import expand_pattern, parse_sources
+from data.sources import expand_pattern, parse_sources, source_names
 from tests.data.tiny_shards import write_shards
 
 PATTERNS = [
@@ -67,8 +67,31 @@ def test_weighted_mappings(tmp_path):
     shards = write_shards(tmp_path / "set", [1, 1])
     pattern = str(tmp_path / "set")
     first, second = parse_sources({pattern: 0.25, "mine": {"path": [shards[0]], "weight": 3}})
-    assert (first.name, first.weight, list(first.shards)) == (pattern, 0.25, shards)
+    assert (first.name, first.weight, list(first.shards)) == ("set", 0.25, shards)
     assert (second.name, second.weight, second.shards) == ("mine", 3, (shards[0],))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["d1/a", "d1/b"], ["a", "b"]),
+        (["/data/d2/a/", "~/d1/b"], ["a", "b"]),
+        (["cc3m/{0..9}.tar", "yfcc/{0..9}.tar", "yfcc/x.tar"], ["cc3m/{0..9}.tar", "yfcc/{0..9}.tar", "x.tar"]),
+        (["a", "x/a"], ["a", "x/a"]),
+        (["x/a", "./x/a", "/y/a"], ["x/a", "./x/a", "y/a"]),
+        (["s3://b/cc/{0..9}.tar", "https://h/yfcc/{0..9}.tar?key=a/b"], ["cc/{0..9}.tar", "yfcc/{0..9}.tar"]),
+        (["pipe:cat /x/a.tar", "file:///x/a.tar"], ["pipe:cat /x/a.tar", "a.tar"]),
+        (["unicode-symbols"], ["unicode-symbols"]),
+    ],
+)
+def test_names_do_not_depend_on_the_folder(patterns, names):
+    assert source_names(patterns) == names
+
+
+def test_a_name_that_the_user_gave_is_not_given_again(tmp_path):
+    shards = write_shards(tmp_path / "set", [1, 1])
+    found = parse_sources({shards[0]: 1, "00000.tar": {"path": shards[1]}})
+    assert [source.name for source in found] == [shards[0], "00000.tar"]
 
 
 def test_remote_names_are_kept_as_they_are():

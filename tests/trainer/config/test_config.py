@@ -1,5 +1,7 @@
 """Recipes load, overrides apply, and what is resolved is enough to start again."""
 
+import json
+import re
 import time
 
 import pytest
@@ -76,6 +78,45 @@ def test_overrides_take_yaml_values_and_leave_brace_ranges_alone():
     assert config.train.stop_after == 7
     mixture = load_config("clip_demo", {"data.train": "{'a/{0..3}.tar': 2, 'b.tar': 1}"})
     assert mixture.data.train == {"a/{0..3}.tar": 2.0, "b.tar": 1.0}
+
+
+def test_sources_with_names_of_their_own(tmp_path):
+    named = {"cc": {"path": "a/{0..3}.tar", "weight": 2}, "yfcc": {"path": ["b.tar", "c.tar"]}}
+    expected = {"cc": {"path": "a/{0..3}.tar", "weight": 2.0}, "yfcc": {"path": ["b.tar", "c.tar"], "weight": 1.0}}
+    for text in (yaml.safe_dump(named, default_flow_style=True), json.dumps(named)):
+        assert load_config("clip_demo", {"data.train": text}).data.train == expected
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"extends": "clip_demo", "data": {"train": named}}))
+    config = load_config(str(child))
+    assert config.data.train == expected
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
+    # A part of it from the command line.
+    config = load_config(str(child), {"data.train.cc.path": "d/{0..3}.tar", "data.train.yfcc.weight": "0.5"})
+    assert config.data.train["cc"]["path"] == "d/{0..3}.tar"
+    assert config.data.train["yfcc"]["weight"] == 0.5
+    # A weight in the other form, and braces that are no mapping.
+    assert load_config("clip_demo", {"data.train": "{a/x: 1, b: 2}"}).data.train == {"a/x": 1.0, "b": 2.0}
+    for text in ("{0..9}", "{a,b}", "{a,b}/{0..9}.tar"):
+        assert load_config("clip_demo", {"data.train": text}).data.train == text
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"a": {"pth": "x"}}, "data.train: the source 'a' takes path and weight, got pth"),
+        ({"a": {"weight": 1}}, "data.train: the source 'a' takes path and weight, got weight"),
+        ({"a": {"path": []}}, "the path of the source 'a' must be a path or a list of paths"),
+        ({"a": {"path": 3}}, "the path of the source 'a' must be a path or a list of paths"),
+        ({"a": {"path": "x", "weight": "much"}}, "the weight of the source 'a' must be a number above 0, got 'much'"),
+        ({"a": 0}, "the weight of the source 'a' must be a number above 0, got 0"),
+        ({"a": True}, "the weight of the source 'a' must be a number above 0, got True"),
+        ({"a": "Infinity"}, "the weight of the source 'a' must be a number above 0, got 'Infinity'"),
+    ],
+)
+def test_sources_that_are_written_wrong(train, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config("clip_demo", {"data.train": json.dumps(train)})
 
 
 def test_child_recipe_replaces_the_method_whole(tmp_path):
