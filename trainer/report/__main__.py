@@ -29,12 +29,25 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
     if place.world_size > 1:
         raise ConfigError("a report is written by one process; start it as python -m trainer.report")
     histories = read_histories(arguments.run_dirs)
+    for history in histories:
+        if history.torn:
+            where = history.run_dir / "metrics.jsonl"
+            print(f"warning: {history.torn} line(s) of {where} are torn and left out", file=sys.stderr)
     examples = [] if arguments.curves_only else _examples(arguments, [history.name for history in histories], place)
-    settings = [(history.name, (history.run_dir / "config.yaml").read_text(encoding="utf-8")) for history in histories]
+    settings = [(history.name, _settings(history.run_dir / "config.yaml")) for history in histories]
     path = arguments.out or arguments.run_dirs[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_page(histories, examples, settings), encoding="utf-8")
     print(f"report in {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _settings(path: Path) -> str:
+    from trainer.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --run_dir of a training run") from None
 
 
 def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> list[tuple[str, Any]]:
