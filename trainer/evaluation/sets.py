@@ -165,13 +165,13 @@ def _check_tasks(config: EvalSet, test: Samples, class_names: list[str]) -> None
                 "[zero_shot]"
             )
     if "bias" in config.tasks:
-        _check_probe(config.probe, class_names)
+        _check_probe(config.probe)
 
 
-def _check_probe(probe: dict[str, list[str]], class_names: list[str]) -> None:
+def _check_probe(probe: dict[str, list[str]]) -> None:
     if not probe or not all(probe.values()):
         raise ConfigError("bias needs 'probe', class names by category, and 'probe_group'")
-    seen = dict.fromkeys(class_names, "the set's own classes")
+    seen: dict[str, str] = {}
     for category, names in probe.items():
         for probed in names:
             if probed in seen:

@@ -312,7 +312,6 @@ def test_labels_that_number_no_class_are_refused_with_their_place(label, tmp_pat
     ("probe", "words"),
     [
         ({"crime": ["thief"], "animal": ["dog", "thief"]}, "'thief' of probe.animal is also among probe.crime"),
-        ({"crime": ["red"]}, "'red' of probe.crime is also among the set's own classes"),
         ({"crime": []}, "bias needs 'probe'"),
     ],
 )
