@@ -12,6 +12,7 @@ from trainer.config.sections import EvalSet
 from trainer.errors import ConfigError
 from trainer.evaluation.classes import read_class_names, read_lines
 from trainer.evaluation.evaluation import Embedded, labels_of
+from trainer.evaluation.results import SetResult
 from trainer.evaluation.robustness import read_baselines
 from trainer.evaluation.sets import EvalData, open_eval_set
 
@@ -306,6 +307,13 @@ def test_labels_that_number_no_class_are_refused_with_their_place(label, tmp_pat
     embedded.metadata[2]["cls"] = True
     with pytest.raises(ConfigError, match=r"label True of sample"):
         labels_of(embedded, data)
+
+
+def test_a_list_longer_than_the_set_shows_in_the_summary():
+    figures = {"acc1": 0.5, "acc5": 1.0, "mean_per_class_recall": 0.5}
+    summary = SetResult("mine", {"zero_shot": figures}, 24, 0, 13, 12).summary()
+    assert "(13 classes, samples of only 12, chance 7.69%)" in summary
+    assert "(12 classes, chance 8.33%)" in SetResult("mine", {"zero_shot": figures}, 24, 0, 12, 12).summary()
 
 
 @pytest.mark.parametrize(
