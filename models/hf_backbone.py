@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.weights.positions import resize_positions
+from models.weights.weight_locations import check_content
 
 Part = Literal["vision", "text"]
 # Configurations that ship with this package, for the ids of CLIP's tokenizer and its mask token; without weights.
@@ -146,6 +147,9 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
     original = read_hf_config(source, "vision" if hasattr(config, "image_size") else "text")
     if hasattr(config, "image_size"):
         config.image_size = original.image_size
+    for pattern in ("*.safetensors", "*.bin"):
+        for file in Path(source).glob(pattern) if Path(source).is_dir() else ():
+            check_content(file)
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded, report = type(backbone).from_pretrained(

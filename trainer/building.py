@@ -4,10 +4,9 @@ import torch
 
 from data.captions.tokenizer import CaptionTokenizer
 from models.registry import build_model
-from trainer.config.sections import RunConfig
+from trainer.config.sections import WEIGHT_SETTINGS, RunConfig
 from trainer.errors import ConfigError
 from trainer.methods import METHODS, Method, parse_method
-from trainer.pretrained import WEIGHT_SETTINGS
 
 
 def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:

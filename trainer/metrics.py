@@ -14,6 +14,7 @@ import rich.table
 
 from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
+from trainer.records import cut_records, end_line, read_records
 from trainer.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -30,6 +31,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, config: LoggingConfig, start_step: int = 0) -> None:
         self.path = run_dir / METRICS
         with writable(self.path):
+            end_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         self._trackers = Trackers(run_dir, config, start_step)
 
@@ -79,20 +81,8 @@ def truncate_records(run_dir: Path, step: int) -> int:
     Returns:
         How many lines metrics.jsonl lost; bad_samples.jsonl is cut back alike.
     """
-    _truncate(run_dir / BAD_SAMPLES, step)
-    return _truncate(run_dir / METRICS, step)
-
-
-def _truncate(path: Path, step: int) -> int:
-    if not path.is_file():
-        return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _is_record_up_to(line, step)]
-    if len(kept) < len(lines):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-    return len(lines) - len(kept)
+    cut_records(run_dir / BAD_SAMPLES, step)
+    return cut_records(run_dir / METRICS, step)
 
 
 def evaluated_sets(run_dir: Path, step: int) -> set[str]:
@@ -100,16 +90,11 @@ def evaluated_sets(run_dir: Path, step: int) -> set[str]:
     path = run_dir / METRICS
     if not path.is_file():
         return set()
-    with path.open(encoding="utf-8") as stream:
-        found = [json.loads(line) for line in stream if '"eval"' in line]
-    return {record["set"] for record in found if record.get("event") == "eval" and record["step"] == step}
-
-
-def _is_record_up_to(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+    return {
+        record["set"]
+        for record in read_records(path).whole
+        if record.get("event") == "eval" and record["step"] == step and "set" in record
+    }
 
 
 class Console:

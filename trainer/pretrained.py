@@ -11,16 +11,17 @@ from models.hf_backbone import read_pixel_statistics
 from models.hf_towers import HfImageTower, HfTextTower
 from models.timm_tower import TimmTower
 from models.weights.fitting import fit_state
-from models.weights.foreign_layouts import convert, detect_format
+from models.weights.foreign_layouts import convert, find_model
 from models.weights.weight_files import read_weights
 from trainer.config.sections import ModelConfig
 from trainer.errors import ConfigError
+from trainer.run_weights import RunWeights, read_run_weights
 
-# Keys of `model` that say where weights come from, not what the model is.
-WEIGHT_SETTINGS = {"pretrained", "pretrained_format", "image_pretrained", "text_pretrained"}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _SHOWN = 6
+# What the tensors do not show.
+_UNSEEN = ("activation", "pixel_mean", "pixel_std")
 
 
 def load_pretrained(config: ModelConfig, model: ClipModel) -> list[str]:
@@ -51,10 +52,9 @@ def load_pretrained(config: ModelConfig, model: ClipModel) -> list[str]:
 def _load_model(config: ModelConfig, model: ClipModel, is_meta: bool) -> list[str]:
     if config.image_pretrained or config.text_pretrained:
         raise ConfigError("model.pretrained fills both towers; leave out model.image_pretrained and text_pretrained")
-    tensors = read_weights(config.pretrained)
-    layout = config.pretrained_format
-    if layout == "auto":
-        layout = detect_format(tensors)
+    run = read_run_weights(Path(config.pretrained))
+    tensors = read_weights(config.pretrained) if run is None else run.tensors
+    layout, tensors, beside = find_model(tensors, config.pretrained_format)
     converted = convert(tensors, layout)
     try:
         state, notes = fit_state(model, converted.tensors)
@@ -62,14 +62,19 @@ def _load_model(config: ModelConfig, model: ClipModel, is_meta: bool) -> list[st
         raise ConfigError(
             f"model.pretrained {config.pretrained} ({layout}) is another model than model.name {config.name}: {error}"
         ) from None
-    _check_companions(config, layout)
+    if run is None:
+        _check_companions(config, layout)
+    else:
+        _check_run(config, run)
     if not is_meta:
         model.load_state_dict(state)
-    lines = [f"pretrained: {config.pretrained} ({layout}): {len(state)} tensors {'fit' if is_meta else 'loaded'}"]
-    if converted.left_out:
-        shown = ", ".join(converted.left_out[:_SHOWN]) + (", ..." if len(converted.left_out) > _SHOWN else "")
-        lines.append(f"pretrained: {len(converted.left_out)} tensors left out, no part of the towers: {shown}")
-    return lines + [f"pretrained: {note}" for note in notes]
+    source = config.pretrained if run is None else f"{run.checkpoint}, {run.weights} weights"
+    lines = [f"pretrained: {source} ({layout}): {len(state)} tensors {'fit' if is_meta else 'loaded'}"]
+    left_out = converted.left_out + beside
+    if left_out:
+        shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+        lines.append(f"pretrained: {len(left_out)} tensors left out, no part of the towers: {shown}")
+    return lines + [f"pretrained: {note}" for note in [*notes, *([] if run is None else run.notes)]]
 
 
 def _load_backbones(config: ModelConfig, model: ClipModel, is_meta: bool) -> list[str]:
@@ -107,6 +112,14 @@ def _load_backbones(config: ModelConfig, model: ClipModel, is_meta: bool) -> lis
     return lines
 
 
+def _check_run(config: ModelConfig, run: RunWeights) -> None:
+    """Compares what the weights of a run do not say with the run's own settings."""
+    given = ModelConfig(**{key: run.model[key] for key in ("name", *_UNSEEN) if key in run.model})
+    source = str(run.checkpoint)
+    _check_pixels(config, (given.pixel_mean, given.pixel_std), source)
+    _check_activation(config, given.activation, source)
+
+
 def _check_companions(config: ModelConfig, layout: str) -> None:
     """Compares what the weights alone do not say: the pixels and the activation they were trained with."""
     folder = Path(config.pretrained)
@@ -126,11 +139,7 @@ def _check_companions(config: ModelConfig, layout: str) -> None:
         if not config.name.startswith("hf:"):
             activation = _read_json(folder / "config.json").get("text_config", {}).get("hidden_act", "quick_gelu")
     _check_pixels(config, pixels, config.pretrained)
-    if activation is not None and activation != config.activation:
-        raise ConfigError(
-            f"{config.pretrained} was trained with {activation}, model.activation is {config.activation}; "
-            f"set --model.activation {activation}"
-        )
+    _check_activation(config, activation, config.pretrained)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -139,6 +148,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _check_activation(config: ModelConfig, expected: str | None, source: str) -> None:
+    if expected is not None and expected != config.activation:
+        raise ConfigError(
+            f"{source} was trained with {expected}, model.activation is {config.activation}; "
+            f"set --model.activation {expected}"
+        )
 
 
 def _check_pixels(config: ModelConfig, expected: tuple | None, source: str) -> None:

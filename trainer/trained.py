@@ -12,13 +12,12 @@ from torch import Tensor
 from data.captions.tokenizer import CaptionTokenizer
 from trainer.building import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
-from trainer.checkpoint.shards import read_optimizer_state, read_weights
 from trainer.config.sections import RunConfig
-from trainer.engine.ema import AVERAGE
 from trainer.errors import ConfigError
 from trainer.loading import load_config
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer
+from trainer.run_weights import read_averaged
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,18 +94,15 @@ def load_trained(run: Path, step: int | None = None, weights: str = "auto") -> T
     folder = _find_checkpoint(run, step)
     tokenizer = build_tokenizer(config)
     method = build_method(config, tokenizer)
-    state = dict(read_weights(folder))
-    averaged = None
-    if weights != "trained" and config.train.ema_decay:
-        averaged = read_optimizer_state(folder)[0].get(AVERAGE)
-    if averaged is None and weights == "ema":
+    state, found = read_averaged(folder, weights != "trained" and bool(config.train.ema_decay))
+    if weights == "ema" and found != "ema":
         raise ConfigError(f"{folder} holds no moving average; train with --train.ema_decay, or use --weights trained")
     try:
-        method.load_state_dict(state | (averaged or {}))
+        method.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"checkpoint {folder} does not fit {run / 'config.yaml'}: {reason}") from None
-    return TrainedRun(method.eval(), tokenizer, config, run, folder, "trained" if averaged is None else "ema")
+    return TrainedRun(method.eval(), tokenizer, config, run, folder, found)
 
 
 def _find_checkpoint(run: Path, step: int | None) -> Path:

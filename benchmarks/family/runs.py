@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from benchmarks.family.methods import CONTROL, Data, recipe
+from trainer.records import read_records
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NEAR = 1.05
@@ -102,7 +103,7 @@ def train(key: RunKey, recipe_path: Path, run_dir: Path) -> list[dict[str, Any]]
     if finished.returncode:
         lines = (finished.stdout + finished.stderr).splitlines()[-15:]
         raise RuntimeError(f"{key} failed:\n" + "\n".join(lines))
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(run_dir / "metrics.jsonl").whole
     return [
         {name: value for name, value in record.items() if name != "event"}
         for record in records

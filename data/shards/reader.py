@@ -1,6 +1,7 @@
 """Random access to the samples of indexed sources, with bounded memory and open files."""
 
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -214,7 +215,6 @@ class SampleReader:
 
 def _class_label(payload: bytes) -> int | str:
     text = payload[:_MAX_LABEL_BYTES].decode("utf-8", "replace").strip()
-    try:
-        return int(text) if len(payload) <= _MAX_LABEL_BYTES else text
-    except ValueError:
-        return text
+    # int() takes more for a number: 1_0, and digits of any script.
+    is_number = len(payload) <= _MAX_LABEL_BYTES and re.fullmatch(r"-?[0-9]+", text)
+    return int(text) if is_number else text

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.weights.hugging_face_mapping import from_hugging_face, from_siglip
 from models.weights.open_clip_mapping import from_open_clip
+from models.weights.wrappers import by_holder
 
 FORMATS = ("native", "openclip", "openai", "huggingface", "declip", "slip")
 # Sizes that OpenAI's archives hold as tensors, and tables that are computed anew.
@@ -60,6 +61,42 @@ def detect_format(names: Iterable[str]) -> str:
     raise ValueError(
         f"the weights are of no known project (they hold {example}, ...); known: {', '.join(FORMATS)}, with both towers"
     )
+
+
+def find_model(state_dict: Mapping[str, Tensor], layout: str = "auto") -> tuple[str, dict[str, Tensor], list[str]]:
+    """The model among the tensors of a file, which may keep it below a prefix beside heads and losses.
+
+    Args:
+        state_dict: Tensors by name.
+        layout: One of `FORMATS`, or `auto` to tell it by the names.
+
+    Returns:
+        The layout, the model's tensors without the prefix, and the names of the others.
+
+    Raises:
+        ValueError: If it is of no known project, or there are several models.
+    """
+    found, problem = [], None
+    whole = {name: name for name in state_dict}
+    for prefix, names in (by_holder(state_dict) | {"": whole}).items():
+        try:
+            detected = detect_format(names)
+        except ValueError as error:
+            problem = error if not prefix else problem
+            continue
+        if layout in ("auto", detected):
+            found.append((prefix, detected, names))
+    if not found and layout == "auto":
+        raise problem
+    if len(found) > 1:
+        shown = " and ".join(f"'{prefix}'" for prefix, _, _ in found)
+        raise ValueError(f"the weights hold several models, below {shown}; save the one that is meant by itself")
+    if not found:
+        return layout, dict(state_dict), []
+    _, detected, names = found[0]
+    kept = set(names.values())
+    beside = [name for name in state_dict if name not in kept]
+    return detected, {short: state_dict[name] for short, name in names.items()}, beside
 
 
 def convert(state_dict: Mapping[str, Tensor], layout: str) -> Converted:

@@ -10,56 +10,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where the tensors are in the files of the projects that models are imported from.
-_CONTAINERS = ("state_dict", "model", "model_state_dict")
-_FOLDER_FILES = (
-    "open_clip_model.safetensors",
-    "model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
+from models.weights.weight_locations import find_weight_files
+from models.weights.wrappers import find_tensors, without_wrappers
+
+# Beside the tensors of a training checkpoint stand numbers of numpy and objects of DeepSpeed.
+_BESIDE = (
+    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
+    "deepspeed.utils.tensor_fragment.fragment_address",
 )
+_MAX_HEADER_BYTES = 100 << 20
+
+
+class _Ignored:
+    """Stands in for what is known to be harmless and of no use; none of its own code runs."""
+
+    def __init__(self, *values: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads a state dict.
 
     Args:
-        path: A safetensors file, a file of `torch.save` (also with the state dict under `state_dict` or `model`), a
-            TorchScript archive, or a folder in the layout of open_clip or Hugging Face.
+        path: A safetensors file, a file of `torch.save` (also with the state dict inside of other things), a
+            TorchScript archive, an index of several files, or a folder in the layout of open_clip, Hugging Face or
+            DeepSpeed.
 
     Returns:
-        Tensors by name, on the CPU, in the dtype of the file; a `module.` before every name is removed.
+        Tensors by name, on the CPU, in the dtype of the file; the prefixes of wrappers (`module.`, `_orig_mod.`,
+        `model.`) are removed where all names have them.
 
     Raises:
         ValueError: If there is no such file, or it holds anything but tensors and plain values.
     """
-    file = _find_file(Path(path))
+    files = find_weight_files(Path(path))
+    tensors: dict[str, Tensor] = {}
+    for file, wanted in files.items():
+        found = _read_file(file)
+        lacking = sorted((wanted or set()) - found.keys())
+        if lacking:
+            raise ValueError(f"{file} lacks {lacking[0]}, which the index says it holds; download both again")
+        tensors |= found if wanted is None else {name: found[name] for name in wanted}
     try:
-        found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, ValueError, AttributeError) as error:
+        return without_wrappers(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        found = _read_safetensors(file) if _is_safetensors(file) else _read_torch(file)
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        ValueError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {reason})") from None
-    for name in _CONTAINERS:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-            break
-    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        raise ValueError(
+            f"{file} cannot be read as weights ({type(error).__name__}: {reason}); is it whole, and safe to load?"
+        ) from None
+    tensors = find_tensors(found)
     if not tensors:
         raise ValueError(f"{file} holds no tensors by name; expected a state dict")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
 
 
-def _find_file(path: Path) -> Path:
-    if path.is_dir():
-        found = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise ValueError(f"folder {path} holds none of {', '.join(_FOLDER_FILES)}; name the weight file itself")
-        return found
-    if not path.is_file():
-        raise ValueError(f"weights {path} do not exist; give a file or a folder")
-    return path
+def _is_safetensors(file: Path) -> bool:
+    """Told by the content, as caches and mirrors drop or change endings: a length, and JSON of it."""
+    with file.open("rb") as stream:
+        begin = stream.read(9)
+    is_headed = begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= _MAX_HEADER_BYTES
+    return is_headed or (file.suffix == ".safetensors" and not begin.startswith(b"PK\x03\x04"))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -76,8 +108,10 @@ def _read_torch(file: Path) -> Any:
     if _is_torchscript(file):
         return _read_torchscript(file)
     # SLIP keeps its command line in the file; a Namespace is a plain holder of values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    allowed = [argparse.Namespace, *((_Ignored, name) for name in _BESIDE)]
+    # A stream, as torch goes by the ending of a path.
+    with torch.serialization.safe_globals(allowed), file.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _is_torchscript(file: Path) -> bool:

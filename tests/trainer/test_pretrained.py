@@ -10,9 +10,9 @@ from tests.models.hugging_face import save_model, save_tokenizer
 from tests.models.weights.test_open_clip_mapping import make_reference
 from tests.trainer.harness import Launched, ds_config, run_trainer, steps, write_recipe, write_shards
 from trainer.checkpoint.shards import read_weights
-from trainer.config.sections import ModelConfig
+from trainer.config.sections import WEIGHT_SETTINGS, ModelConfig
 from trainer.errors import ConfigError
-from trainer.pretrained import WEIGHT_SETTINGS, load_pretrained
+from trainer.pretrained import load_pretrained
 
 
 def test_towers_of_hugging_face_train_locked_and_resume_without_their_weights(tmp_path, monkeypatch):

@@ -48,6 +48,10 @@ class ModelConfig(Section):
     batch_norm: Literal["sync", "local"] = "sync"
 
 
+# Keys of `model` that say where weights come from, not what the model is.
+WEIGHT_SETTINGS = frozenset(("pretrained", "pretrained_format", "image_pretrained", "text_pretrained"))
+
+
 class DataConfig(Section):
     """Shards, order and views.
 

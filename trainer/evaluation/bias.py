@@ -7,6 +7,9 @@ from torch import Tensor
 
 from trainer.evaluation.similarity import class_scores, joined
 
+# What the table calls the pictures of every group.
+ALL_GROUPS = "all"
+
 
 def probe_table(
     image_embeddings: Tensor, groups: list[str], classes: Tensor, categories: list[str | None]
@@ -27,7 +30,7 @@ def probe_table(
     table = {}
     for group in [*sorted(set(groups)), None]:
         landed = [categories[label] for label, own in zip(best, groups, strict=True) if group in (own, None)]
-        table[group or "all"] = {name: landed.count(name) / len(landed) for name in names}
+        table[group or ALL_GROUPS] = {name: landed.count(name) / len(landed) for name in names}
     return table
 
 

@@ -4,16 +4,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.captions.tokenizer import CaptionTokenizer
+from data.image_folder import ImageFolder
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
+from data.shards.remote import display_name
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
-from trainer.evaluation.bias import joined_classes, probe_table
+from trainer.evaluation.bias import ALL_GROUPS, joined_classes, probe_table
 from trainer.evaluation.encode import Encoder, encode_images, encode_texts
 from trainer.evaluation.linear_probe import Labelled, few_shot, linear_probe
 from trainer.evaluation.results import SetResult
@@ -30,6 +33,7 @@ class Embedded:
     """The readable samples of a set, in stored order, the same on every rank.
 
     Attributes:
+        samples: The set they are of.
         images: [N, d], or tokens [N, P, d], unit norm.
         rows: Position of each in the stored set.
         captions: Of each sample.
@@ -37,6 +41,7 @@ class Embedded:
         unreadable: Samples left out.
     """
 
+    samples: Samples
     images: Tensor
     rows: list[int]
     captions: list[list[str]]
@@ -96,7 +101,7 @@ class Evaluation:
             raise ConfigError(f"eval set '{data.name}': none of its {total} samples can be read; check the data")
         captions, metadata = zip(*(merged[index] for index in kept), strict=True)
         images = images[torch.tensor(kept, device=images.device)]
-        return Embedded(images, kept, list(captions), list(metadata), total - len(kept))
+        return Embedded(samples, images, kept, list(captions), list(metadata), total - len(kept))
 
     def classes(self, encoder: Encoder, data: EvalData, names: list[str]) -> Tensor:
         """Class embeddings under the set's templates, see `class_embeddings`. Collective."""
@@ -120,7 +125,8 @@ class Evaluation:
                 tasks["few_shot"] = few_shot(*probed, len(data.class_names))
         if "bias" in data.tasks:
             tasks["bias"] = self._bias(encoder, data, test)
-        return SetResult(data.name, tasks, len(test.images), test.unreadable, len(data.class_names))
+        seen = len({entry.get("cls") for entry in test.metadata})
+        return SetResult(data.name, tasks, len(test.images), test.unreadable, len(data.class_names), seen)
 
     def _retrieval(self, encoder: Encoder, data: EvalData, test: Embedded) -> dict[str, float]:
         texts = [caption for entry in test.captions for caption in entry]
@@ -138,6 +144,11 @@ class Evaluation:
         probed = {name: self.classes(encoder, data, labels) for name, labels in data.probe.items()}
         classes, categories = joined_classes(self.classes(encoder, data, data.class_names), probed)
         groups = [str(entry[data.probe_group]) for entry in test.metadata]
+        if not {"", ALL_GROUPS}.isdisjoint(groups):
+            raise ConfigError(
+                f"eval set '{data.name}': '{ALL_GROUPS}' names all pictures in the table of the bias probe, and cannot "
+                f"be a group, nor can ''; give another name to them in '{data.probe_group}' of the .json members"
+            )
         return probe_table(test.images, groups, classes, categories)
 
     def _merge_records(self, records: dict[int, tuple[list[str], dict]]) -> dict[int, tuple[list[str], dict]]:
@@ -151,16 +162,28 @@ def labels_of(embedded: Embedded, data: EvalData) -> Tensor:
     """int64 [N] labels on the embeddings' device.
 
     Raises:
-        ConfigError: A sample without a label that indexes the class names.
+        ConfigError: A sample without a label that indexes the class names; the message says where it is.
     """
-    labels = [entry.get("cls") for entry in embedded.metadata]
-    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < len(data.class_names)]
-    if bad:
+    labels, count = [entry.get("cls") for entry in embedded.metadata], len(data.class_names)
+    # Not isinstance: true and false of a .json member are no numbers of classes.
+    bad = next((n for n, label in enumerate(labels) if type(label) is not int or not 0 <= label < count), None)
+    if bad is not None:
         raise ConfigError(
-            f"eval set '{data.name}': label {bad[0]!r} is not in [0, {len(data.class_names)}); "
-            "each sample needs a .cls member that indexes classnames.txt"
+            f"eval set '{data.name}': label {labels[bad]!r} of sample '{embedded.metadata[bad]['key']}' in "
+            f"{_shard_of(embedded.samples, embedded.rows[bad])} is not in [0, {count}); each sample needs a .cls "
+            "member with its line in classnames.txt, counted from 0"
         )
     return torch.tensor(labels, device=embedded.images.device)
+
+
+def _shard_of(samples: Samples, row: int) -> str:
+    if isinstance(samples, ImageFolder):
+        return str(samples.root)
+    for source in samples:
+        if row < source.num_samples:
+            return display_name(source.shards[int(np.searchsorted(np.cumsum(source.counts), row, side="right"))])
+        row -= source.num_samples
+    raise IndexError(row)
 
 
 def _note_records(loader: Iterator[dict], records: dict[int, tuple[list[str], dict]], group: str) -> Iterator[dict]:

@@ -26,6 +26,7 @@ class SetResult:
         samples: Samples that were evaluated.
         unreadable: Samples that were left out because they cannot be read.
         num_classes: 0 without classification.
+        seen_classes: How many of them have samples.
     """
 
     name: str
@@ -33,6 +34,7 @@ class SetResult:
     samples: int
     unreadable: int
     num_classes: int = 0
+    seen_classes: int = 0
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -44,9 +46,12 @@ class SetResult:
         """One line for the console, with chance level beside the figures."""
         figures, parts = self.figures, []
         if "acc1" in figures:
+            few = 0 < self.seen_classes < self.num_classes
+            # A list that is longer than the set has classes may be another set's.
+            lacking = f", samples of only {self.seen_classes}" if few else ""
             parts.append(
                 f"zero-shot top-1 {figures['acc1']:.1%} top-5 {figures['acc5']:.1%} "
-                f"({self.num_classes} classes, chance {1.0 / self.num_classes:.2%})"
+                f"({self.num_classes} classes{lacking}, chance {1.0 / self.num_classes:.2%})"
             )
         if "image_retrieval_recall@1" in figures:
             parts.append(

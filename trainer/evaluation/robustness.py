@@ -45,27 +45,40 @@ def read_baselines(path: Path) -> list[dict[str, float]]:
     """Accuracies of other models: a CSV with the names of the sets as header, fractions below, other columns ignored.
 
     Raises:
-        ConfigError: No such file, or no row with two accuracies in [0, 1].
+        ConfigError: No such file, a name twice in its header, a row of another length, or no row with two accuracies
+            in [0, 1].
     """
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [dict(row) for row in csv.DictReader(stream)]
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.reader(stream)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"baselines {path} cannot be read: {error}") from None
-    found = [{name: value for name, value in map(_fraction, row.items()) if value is not None} for row in rows]
+    repeated = next((name for number, name in enumerate(header) if name and name in header[:number]), None)
+    if repeated is not None:
+        raise ConfigError(f"baselines {path} line 1 names '{repeated}' twice; each column needs a name of its own")
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ConfigError(
+                f"baselines {path} line {line} has {len(row)} cells under a header of {len(header)}; put cells with a "
+                "comma in quotes"
+            )
+    cells = [map(_fraction, zip(header, row, strict=True)) for _, row in rows]
+    found = [{name: value for name, value in row if value is not None} for row in cells]
     found = [row for row in found if len(row) >= 2]
     if not found:
         raise ConfigError(f"baselines {path} has no row with two accuracies; its header must name evaluation sets")
     return found
 
 
-def _fraction(cell: tuple[str | None, str | None]) -> tuple[str, float | None]:
+def _fraction(cell: tuple[str, str]) -> tuple[str, float | None]:
     name, text = cell
     try:
         value = float(text)
-    except (TypeError, ValueError):
-        return str(name), None
-    return str(name), value if 0.0 <= value <= 1.0 else None
+    except ValueError:
+        return name, None
+    return name, value if 0.0 <= value <= 1.0 else None
 
 
 def _logit(share: np.ndarray) -> np.ndarray:

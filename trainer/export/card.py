@@ -1,10 +1,10 @@
 """The model card of an export: what was trained, on what, how well, and how to load it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from trainer.export.exported import Exported
+from trainer.records import read_records
 
 _FIGURES = {
     "acc1": "zero-shot top-1",
@@ -82,7 +82,10 @@ _LIBRARIES = {"openclip": "open_clip", "huggingface": "transformers", "onnx": "o
 
 def _figures(metrics: Path, step: int) -> list[str]:
     """The evaluations of this step, or of the newest one before it."""
-    evaluations = [record for record in _records(metrics) if record.get("event") == "eval" and record["step"] <= step]
+    records = read_records(metrics).whole if metrics.is_file() else []
+    evaluations = [
+        record for record in records if record.get("event") == "eval" and record["step"] <= step and "set" in record
+    ]
     if not evaluations:
         return ["## Figures", "", "The run was not evaluated.", ""]
     newest = max(record["step"] for record in evaluations)
@@ -94,12 +97,6 @@ def _figures(metrics: Path, step: int) -> list[str]:
         cells = (f"{100 * record[key]:.2f}" if key in record else "" for key in names)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
-
-
-def _records(metrics: Path) -> list[dict[str, Any]]:
-    if not metrics.is_file():
-        return []
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _notes(config: Any, layout: str) -> list[str]:

@@ -32,9 +32,13 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
     if place.world_size > 1:
         raise ConfigError("a report is written by one process; start it as python -m trainer.report")
     histories = read_histories(arguments.run_dirs)
+    for history in histories:
+        if history.torn:
+            where = history.run_dir / "metrics.jsonl"
+            print(f"warning: {history.torn} line(s) of {where} are torn and left out", file=sys.stderr)
     path = arguments.out or arguments.run_dirs[0] / "report.html"
     try_file(path, _ADVICE)
-    settings = [(history.name, _settings(history.run_dir)) for history in histories]
+    settings = [(history.name, _settings(history.run_dir / "config.yaml")) for history in histories]
     examples = [] if arguments.curves_only else _examples(arguments, [history.name for history in histories], place)
     page = render_page(histories, examples, settings)
     with writing_to(path, _ADVICE):
@@ -42,15 +46,13 @@ def write_report(arguments: argparse.Namespace, place: Place) -> None:
     print(f"report in {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
-def _settings(run_dir: Path) -> str:
+def _settings(path: Path) -> str:
     from trainer.errors import ConfigError
 
-    path = run_dir / "config.yaml"
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else "not text"
-        raise ConfigError(f"{path} cannot be read ({reason}); give the --run_dir of a training run") from None
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({os_reason(error)}); give the --run_dir of a training run") from None
 
 
 def _examples(arguments: argparse.Namespace, names: list[str], place: Place) -> list[tuple[str, Any]]:

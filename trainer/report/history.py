@@ -1,11 +1,11 @@
 """What a run wrote down: steps, events and settings."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.records import read_records
 
 _METRICS = "metrics.jsonl"
 
@@ -19,12 +19,14 @@ class History:
         run_dir: Its folder.
         steps: Records of logged steps, in order.
         events: Event records, in order.
+        torn: Lines of the file that are no whole records, and left out.
     """
 
     name: str
     run_dir: Path
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    torn: int = 0
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(samples, values) of one logged number, records without it left out."""
@@ -53,7 +55,7 @@ class History:
 
     def final_evaluations(self) -> dict[str, dict[str, Any]]:
         """The last `eval` event of each set."""
-        return {event["set"]: event for event in self.events if event["event"] == "eval"}
+        return {event["set"]: event for event in self.events if event["event"] == "eval" and "set" in event}
 
 
 def read_histories(run_dirs: list[Path]) -> list[History]:
@@ -70,18 +72,13 @@ def read_histories(run_dirs: list[Path]) -> list[History]:
 def _read(run_dir: Path, name: str) -> History:
     path = run_dir / _METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records, torn = read_records(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --run_dir of a training run") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            # A run that is being written to, or was killed, may end in half a line.
-            if number < len(lines):
-                raise ConfigError(f"{path} line {number} is not JSON; the file is damaged") from None
-    steps = [record for record in records if "event" not in record]
+    steps = [record for record in records if "event" not in record and record.get("samples")]
     if not steps:
-        raise ConfigError(f"{path} has no logged step yet; wait for the first, or lower train.log_every")
-    return History(name, run_dir, steps, [record for record in records if "event" in record])
+        raise ConfigError(
+            f"{path} has no logged step yet ({len(records)} other records, {torn} torn lines); wait for the first, or "
+            "lower train.log_every"
+        )
+    return History(name, run_dir, steps, [record for record in records if "event" in record], torn)
