@@ -9,7 +9,13 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from trainer.building import build_method
-from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints
+from trainer.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    load_method_state,
+    prepare_checkpoints,
+)
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed
 from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
@@ -221,7 +227,7 @@ def _continue_from(
                 f"checkpoint {checkpoint} was made with another {what} ({old[:12]}, now {new[:12]}); "
                 f"restore {keys} as they were, or start a new --run_dir"
             )
-    engine.method.load_method_state(saved.method_state)
+    load_method_state(engine, saved, checkpoint)
     if engine.method.state_digest() != saved.method_digest:
         console.warn(f"the method's state in {checkpoint.name} was adapted to this configuration")
     state.bad_samples, state.data_offset = saved.bad_samples, saved.data_offset
