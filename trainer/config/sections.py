@@ -248,8 +248,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     first = error.errors()[0]
     location = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
     # Members of a union report their type name as the last part; the key above it is what the user wrote.
-    known_types = ("int", "str", "float", "bool", "dict[", "list[")
-    while location and location[-1].startswith(known_types):
+    while location and (location[-1] in ("int", "str", "float", "bool") or location[-1].startswith(("dict[", "list["))):
         location.pop()
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
