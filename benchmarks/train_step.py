@@ -47,7 +47,7 @@ def measure_ours(architecture: str, batch_size: int, repeats: int, method: str =
     settings = {"nns_warmup": "random"} if method == "declip" else {}
     trained = make_method(method, model, **settings)
     batch = make_batch(batch_size, model.image_tower.image_size, views=len(trained.image_views))
-    groups = parameter_groups(trained, _OPTIMIZER.weight_decay)
+    groups = parameter_groups(trained, _OPTIMIZER)
     optimizer = build_optimizer(groups, _OPTIMIZER, torch.device("cpu"), offload=False)
 
     def forward() -> Tensor:

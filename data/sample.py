@@ -10,7 +10,7 @@ from data.captions.eda import Eda, load_synonyms
 from data.captions.mlm import mask_tokens
 from data.captions.tokenizer import CaptionTokenizer
 from data.errors import BadSample, DataError
-from data.images.augment import AUGMENTATIONS, ImageAugmentation, eval_view, random_views
+from data.images.augment import AUGMENTATIONS, INTERPOLATIONS, ImageAugmentation, eval_view, random_views
 from data.images.context import views_in_context
 from data.images.decode import DEFAULT_MAX_PIXELS, EncodedImage, check_max_pixels, open_image
 from data.rng import keyed_rng
@@ -147,23 +147,27 @@ class SampleTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Decodes a picture, resizes its shorter side (bicubic) and crops the centre.
+    """Decodes a picture, resizes its shorter side and crops the centre.
 
     Args:
         image_size: Side of the square output in pixels.
         resize_size: What the shorter side is resized to first; image_size by default (DeCLIP: 256 for 224).
         max_image_pixels: Larger pictures are bad samples.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
-        DataError: A size or limit out of range.
+        DataError: A size or limit out of range, or an unknown interpolation.
     """
 
     image_size: int
     resize_size: int | None = None
     max_image_pixels: int = DEFAULT_MAX_PIXELS
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         check_max_pixels(self.max_image_pixels)
+        if self.interpolation not in INTERPOLATIONS:
+            raise DataError(f"interpolation is '{self.interpolation}', expected {' or '.join(INTERPOLATIONS)}")
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise DataError(f"resize_size is {self.resize_size}, expected at least image_size {self.image_size}")
 
@@ -177,7 +181,7 @@ class EvalTransform:
             BadSample: A picture that cannot be decoded.
         """
         image = open_image(image_bytes, self.max_image_pixels).decode()
-        return eval_view(image, self.image_size, self.resize_size or self.image_size)
+        return eval_view(image, self.image_size, self.resize_size or self.image_size, self.interpolation)
 
 
 def _augmentation(view: ImageAugmentation | str) -> ImageAugmentation:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from losses.distributed import agree
+from losses.distributed import agree, rank
 
 # Similarities of one chunk of queue rows against all queries, in bytes.
 _SEARCH_CHUNK_BYTES = 32 * 2**20
@@ -21,8 +21,9 @@ class NearestNeighborQueue(nn.Module):
 
     Global use (one logical queue, identical bits on every rank): enqueue the gathered rows, one's own included, and
     let `contrastive_terms` index each rank's replica by gathered slots. Local use (a queue per rank, as in the
-    published run): enqueue the rank's own rows and pass `rows[slots]` as `neighbour_vectors`; start it with
-    warmup="random", so that no rank is ever without neighbours while another has some.
+    published run): enqueue the rank's own rows and pass `rows[slots]` as `neighbour_vectors`, with `identities(slots)`
+    as slots where duplicates are masked; start it with warmup="random", so that no rank is ever without neighbours
+    while another has some.
 
     Order in a step: search first, enqueue last, so that no sample finds itself or its sibling view.
 
@@ -35,7 +36,7 @@ class NearestNeighborQueue(nn.Module):
         warmup: "skip" searches filled slots only and is not `ready` before the first enqueue; "random" starts from
             seeded random unit vectors that count as neighbours from the first step.
         enqueue_views: "both" stores every text view, the last view first; "orig" stores view 0 only.
-        seed: Of the random rows; must be equal on all ranks for a global queue.
+        seed: Of the random rows; must be equal on all ranks.
 
     Attributes:
         rows: float32 [Q, dim]; moved with the module, never cast, not part of `state_dict` (see `state`).
@@ -72,6 +73,14 @@ class NearestNeighborQueue(nn.Module):
         self._offered = 0
         self.register_buffer("rows", self._initial_rows(), persistent=False)
         self.register_buffer("counters", torch.from_numpy(np.zeros(3, dtype=np.int64)), persistent=False)
+
+    @torch.no_grad()
+    def restart(self, seed: int) -> None:
+        """Empties the queue; with warmup="random" its rows are those of `seed` from now on."""
+        self.seed = seed
+        self.rows.copy_(self._initial_rows())
+        self.counters.zero_()
+        self._offered = 0
 
     def _initial_rows(self) -> Tensor:
         # Engines that partition parameters patch torch's constructors to make half-precision tensors; numpy is safe.
@@ -137,6 +146,15 @@ class NearestNeighborQueue(nn.Module):
                 best = torch.where(better, cosine, best)
                 slots = torch.where(better, slot + start, slots)
         return slots.view(text_features.shape[:-1]), best.view(text_features.shape[:-1])
+
+    @torch.no_grad()
+    def identities(self, slots: Tensor) -> Tensor:
+        """Numbers for slots of a local queue that are equal on two ranks exactly when the rows are the same one.
+
+        Rows that were enqueued belong to this rank alone; random rows that wait to be overwritten are those of all.
+        """
+        enqueued = slots < self.counters[_FILLED]
+        return slots + self.size * enqueued * (1 + rank())
 
     def _unfilled(self, start: int, count: int) -> Tensor:
         """What to add to the similarities with `count` slots from `start`: -inf where nothing has been stored."""
@@ -238,17 +256,17 @@ def _by_age(state: dict[str, Any]) -> Tensor:
 def reshard_queue_states(states: Sequence[dict[str, Any]], num_shards: int) -> list[dict[str, Any]]:
     """Redistributes the local queues of a run for another number of ranks, newest rows first in line.
 
-    The rows of all shards are merged by age and dealt round-robin; each new shard keeps its newest rows. A global
-    queue needs none of this: every rank loads the one saved copy.
+    The rows of all shards are merged by age and dealt round-robin; each new shard keeps its newest rows, at most as
+    many as an old one had. A global queue needs none of this: every rank loads the one saved copy.
 
     Args:
         states: `NearestNeighborQueue.state()` of every old rank, in rank order, all of one size.
-        num_shards: Number of ranks of the resumed run.
+        num_shards: Number of ranks of the resumed run; 1 for a global queue.
 
     Returns:
         One state per new rank, for `load_state`.
     """
-    size, dim = states[0]["rows"].shape
+    size = states[0]["rows"].shape[0]
     newest_first = [_by_age(state).flip(0) for state in states]
     ages = torch.cat([torch.arange(rows.shape[0]) for rows in newest_first])
     # Stable: rows of one age keep the order of their ranks.
@@ -257,10 +275,9 @@ def reshard_queue_states(states: Sequence[dict[str, Any]], num_shards: int) -> l
     shards = []
     for shard in range(num_shards):
         chosen = merged[shard::num_shards][:size].flip(0)
+        # Stored rows alone: a queue that is larger keeps the start it has for the others.
         filled = chosen.shape[0]
-        rows = torch.cat([chosen, torch.zeros(size - filled, dim)])
-        counters = {"pointer": filled % size, "filled": filled, "offered": filled, "skipped_blocks": skipped}
-        shards.append({"rows": rows, **counters})
+        shards.append({"rows": chosen, "pointer": 0, "filled": filled, "offered": filled, "skipped_blocks": skipped})
     return shards
 
 

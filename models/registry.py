@@ -151,6 +151,7 @@ def build_model(
     text_projection: Projection = "linear",
     text_projection_bias: bool = False,
     activation: str = "quick_gelu",
+    init: str = "clip",
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
     pixel_std: tuple[float, float, float] = IMAGENET_STD,
     lock_image: bool = False,
@@ -177,6 +178,8 @@ def build_model(
         text_projection: "none" leaves out the projection of an `HfTextTower`.
         text_projection_bias: Add a bias to the text projection, as DeCLIP does.
         activation: "quick_gelu" as CLIP, or "gelu", of the transformers written here.
+        init: "clip", or "declip" for the random start of DeCLIP's released code: other spreads in a vision transformer,
+            and a bias of the text projection that does not start at zero. Other towers start the same either way.
         pixel_mean: Mean of the channels of pixels in [0, 1].
         pixel_std: Their standard deviation.
         lock_image: Freeze the image tower, see `models.locking`.
@@ -197,11 +200,16 @@ def build_model(
     """
     architecture = find_architecture(name)
     embed_dim = embed_dim or architecture.embed_dim
+    if init not in ("clip", "declip"):
+        raise ValueError(f"init {init!r} is not known; use clip or declip")
+    if init == "declip" and text_name is not None and not isinstance(architecture.image, VitConfig):
+        raise ValueError("init declip has no effect on towers of timm or Hugging Face; leave it out")
     image_tower = _build_image_tower(
         architecture.image,
         freeze_patch_embed=freeze_patch_embed,
         patch_dropout=patch_dropout,
         activation=activation,
+        init=init,
         pooling=image_pooling,
         projection=image_projection,
         sync_batch_norm=check_batch_norm_mode(batch_norm),
@@ -216,6 +224,7 @@ def build_model(
         projection=text_projection,
         projection_bias=text_projection_bias,
         activation=activation,
+        init=init,
         vocab_size=vocab_size,
         context_length=context_length,
         embed_dim=embed_dim,
@@ -242,6 +251,7 @@ def _build_text_tower(
     projection: Projection,
     projection_bias: bool,
     activation: str,
+    init: str,
     **common,
 ) -> nn.Module:
     if name is None:
@@ -255,6 +265,7 @@ def _build_text_tower(
             heads=config.width // HEAD_WIDTH,
             projection_bias=projection_bias,
             activation=activation,
+            init=init,
             **common,
         )
     if not name.startswith(HF_PREFIX):
@@ -270,6 +281,7 @@ def _build_image_tower(
     freeze_patch_embed: bool,
     patch_dropout: float,
     activation: str,
+    init: str,
     pooling: ImagePooling,
     projection: Projection,
     sync_batch_norm: bool,
@@ -286,6 +298,7 @@ def _build_image_tower(
             freeze_patch_embed=freeze_patch_embed,
             patch_dropout=patch_dropout,
             activation=activation,
+            init=init,
             **common,
         )
     if freeze_patch_embed or patch_dropout:

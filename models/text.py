@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.sequences import PackedSequences, UniformSequences, copy_to
-from models.transformer import Linear, Transformer, TransformerInit
+from models.transformer import POSITIONAL_EMBEDDING_STD, Linear, Transformer, TransformerInit
 
 TOKEN_EMBEDDING_STD = 0.02
-POSITIONAL_EMBEDDING_STD = 0.01
 
 
 class TextTransformer(nn.Module):
     """Text tower: causal transformer, final LayerNorm, projection of the state at the end-of-text token.
 
-    Initial weights follow OpenAI's CLIP. The bias of the projection, which CLIP does not have, starts at zero.
+    Initial weights follow OpenAI's CLIP. The bias of the projection, which CLIP does not have, starts at zero;
+    with `init` "declip" at torch's default, as in DeCLIP's released code.
 
     Args:
         vocab_size: Number of token ids.
@@ -27,6 +27,7 @@ class TextTransformer(nn.Module):
         embed_dim: Width of the output.
         projection_bias: Add a bias to the projection, as DeCLIP does.
         activation: Of the MLPs, "quick_gelu" or "gelu".
+        init: "clip" or "declip".
         activation_checkpointing: Recompute the blocks' activations in the backward.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; projection
@@ -44,6 +45,7 @@ class TextTransformer(nn.Module):
         embed_dim: int,
         projection_bias: bool = False,
         activation: str = "quick_gelu",
+        init: str = "clip",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -62,7 +64,7 @@ class TextTransformer(nn.Module):
         )
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = Linear(
-            width, embed_dim, bias=projection_bias, weight_std=width**-0.5, zero_bias=projection_bias
+            width, embed_dim, bias=projection_bias, weight_std=width**-0.5, zero_bias=init == "clip"
         )
 
     def forward(

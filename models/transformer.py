@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.sequences import Sequences
 
+# Of CLIP's text tower, and of both of DeCLIP's.
+POSITIONAL_EMBEDDING_STD = 0.01
+
 
 class Linear(nn.Linear):
     """Linear layer that can be initialised from a normal distribution.

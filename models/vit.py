@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.attentive_mask import ClassAttention
 from models.patch_dropout import kept_patches
 from models.sequences import Sequences, UniformSequences
-from models.transformer import Linear, Transformer
+from models.transformer import POSITIONAL_EMBEDDING_STD, Linear, Transformer, TransformerInit
 from models.weights.positions import resize_positions
 
 
@@ -15,7 +15,8 @@ class VisionTransformer(nn.Module):
     """Image tower: patch embedding, class token, pre-norm transformer, projection of the class token.
 
     Initial weights follow OpenAI's CLIP: embeddings and projection normal with std width^-0.5, torch's defaults
-    elsewhere.
+    elsewhere. With `init` "declip" they follow DeCLIP's released code: positional embedding with std 0.01, and in the
+    blocks the scheme of CLIP's text tower.
 
     Args:
         image_size: Side of the square input in pixels, a multiple of `patch_size`.
@@ -27,6 +28,7 @@ class VisionTransformer(nn.Module):
         freeze_patch_embed: Leave the patch embedding at its random start.
         patch_dropout: Fraction of patches left out in training, in [0, 1).
         activation: Of the MLPs, "quick_gelu" or "gelu".
+        init: "clip" or "declip".
         activation_checkpointing: Recompute the blocks' activations in the backward.
 
     Raises:
@@ -52,6 +54,7 @@ class VisionTransformer(nn.Module):
         freeze_patch_embed: bool = False,
         patch_dropout: float = 0.0,
         activation: str = "quick_gelu",
+        init: str = "clip",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -72,14 +75,21 @@ class VisionTransformer(nn.Module):
         self.has_patch_dropout = self.num_kept_patches < self.num_patches
         self.num_tokens = self.num_kept_patches
         std = width**-0.5
+        as_declip = init == "declip"
+        position_std = POSITIONAL_EMBEDDING_STD if as_declip else std
         # A linear layer on unfolded patches is the strided convolution, and spends nothing on dropped patches.
         self.patch_embed = Linear(3 * patch_size**2, width, bias=False)
         self.patch_embed.requires_grad_(not freeze_patch_embed)
         self.class_embedding = nn.Parameter(std * torch.randn(width))
-        self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.num_patches, width))
+        self.positional_embedding = nn.Parameter(position_std * torch.randn(1 + self.num_patches, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, layers, heads, activation=activation, activation_checkpointing=activation_checkpointing
+            width,
+            layers,
+            heads,
+            init=TransformerInit.clip_text(width, layers) if as_declip else None,
+            activation=activation,
+            activation_checkpointing=activation_checkpointing,
         )
         self.ln_post = nn.LayerNorm(width)
         self.proj = Linear(width, embed_dim, bias=False, weight_std=std)

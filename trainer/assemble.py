@@ -14,7 +14,14 @@ from data.sources import continue_sources
 from data.writing import os_reason
 from trainer.building import build_method
 from trainer.changes import Changes, find_changes
-from trainer.checkpoint import TrainerState, find_checkpoint, load_checkpoint, prepare_checkpoints, read_state
+from trainer.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    load_method_state,
+    prepare_checkpoints,
+    read_state,
+)
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed
 from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
@@ -266,7 +273,7 @@ def _continue_from(
                 f"checkpoint {checkpoint} was made with another {what} ({sources or f'{old[:12]}, now {new[:12]}'}); "
                 f"restore {keys} as they were, or start a new --run_dir"
             )
-    engine.method.load_method_state(saved.method_state)
+    load_method_state(engine, saved, checkpoint)
     if engine.method.state_digest() != saved.method_digest:
         console.warn(f"the method's state in {checkpoint.name} was adapted to this configuration")
     state.bad_samples, state.data_offset = saved.bad_samples, saved.data_offset

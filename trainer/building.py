@@ -7,13 +7,15 @@ from models.registry import build_model
 from trainer.config.sections import WEIGHT_SETTINGS, RunConfig
 from trainer.errors import ConfigError
 from trainer.methods import METHODS, Method, parse_method
+from trainer.methods.rules import check_groups
 
 
 def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:
     """Towers, heads and losses of the recipe, randomly initialised from torch's generator.
 
     Raises:
-        ConfigError: A model the registry cannot build, or a method the data section cannot feed.
+        ConfigError: A model the registry cannot build, a method the data section cannot feed, or an optimizer group of
+            a module that is not there.
     """
     try:
         model = build_model(vocab_size=tokenizer.vocab_size, **config.model.model_dump(exclude=WEIGHT_SETTINGS))
@@ -27,4 +29,5 @@ def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:
             f"method {name} masks captions, which needs a mask token: set data.mask_token true (or choose a "
             "data.tokenizer that has one), or method.w_tss 0"
         )
+    check_groups(method, config.optimizer)
     return method

@@ -5,6 +5,7 @@ from pathlib import Path
 from trainer.checkpoint import (
     list_checkpoints,
     load_checkpoint,
+    load_method_state,
     set_aside,
     step_of,
     sweep,
@@ -44,7 +45,7 @@ def roll_back(run: Run, trouble: Trouble) -> None:
     run.console.warn(f"{begin}: going back to {checkpoint.name}, leaving out {left_out} global batches")
 
     saved = load_checkpoint(run.engine, checkpoint, run.place.rank, run.place.world_size)
-    run.engine.method.load_method_state(saved.method_state)
+    load_method_state(run.engine, saved, checkpoint)
     run.guard.load_state(saved.guard)
     run.guard.rollbacks = rollbacks
     run.state.step, run.state.bad_samples, run.state.data_offset = saved.step, saved.bad_samples, offset

@@ -15,7 +15,7 @@ __all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "Box", "Cutter", "ImageAugmentation
 
 Box = tuple[int, int, int, int]
 
-_INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic")
 # JPEG may be decoded smaller as long as every crop keeps this many times the output resolution; the proper filter does
 # the rest.
 DECODE_MARGIN = 1.5
@@ -77,8 +77,8 @@ class ImageAugmentation:
             value = getattr(self, name)
             if not 0 <= value <= limit:
                 raise DataError(f"image augmentation: {name} is {value}, expected a number from 0 to {limit:g}")
-        if self.interpolation not in _INTERPOLATIONS:
-            expected = ", ".join(_INTERPOLATIONS)
+        if self.interpolation not in INTERPOLATIONS:
+            expected = ", ".join(INTERPOLATIONS)
             raise DataError(f"image augmentation: interpolation is {self.interpolation!r}, expected one of {expected}")
 
     @property
@@ -212,13 +212,14 @@ class Cutter:
         return pixels.transpose(2, 0, 1)
 
 
-def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarray:
-    """Resizes the shorter side (bicubic) and crops the centre, in one step and without the enlarged intermediate.
+def eval_view(image: Image.Image, image_size: int, resize_size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """Resizes the shorter side and crops the centre, in one step and without the enlarged intermediate.
 
     Args:
         image: RGB picture, fully decoded.
         image_size: Side of the square output in pixels.
         resize_size: What the shorter side is resized to, at least image_size.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         uint8 [3, image_size, image_size], torchvision's Resize and CenterCrop up to rounding.
@@ -235,7 +236,7 @@ def eval_view(image: Image.Image, image_size: int, resize_size: int) -> np.ndarr
         min(width, (left + image_size) * scales[0]),
         min(height, (top + image_size) * scales[1]),
     )
-    view = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    view = image.resize((image_size, image_size), Image.Resampling[interpolation.upper()], box=box)
     return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
 
 

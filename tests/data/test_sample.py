@@ -142,6 +142,8 @@ def test_mistakes_are_named(tokenizer):
         SampleTransform(tokenizer, ("clip",), ("masked",), 8, mask_probability=1.5)
     with pytest.raises(DataError, match="resize_size is 10, expected at least image_size 16"):
         EvalTransform(16, resize_size=10)
+    with pytest.raises(DataError, match="interpolation is 'area', expected bilinear or bicubic"):
+        EvalTransform(16, interpolation="area")
 
 
 def test_names_and_objects_are_the_same_view(tokenizer):

@@ -236,7 +236,7 @@ def test_local_queues_are_dealt_to_other_ranks_by_age() -> None:
         return queue.state()
 
     def values(state: dict[str, Any]) -> list[float]:
-        queue = NearestNeighborQueue(state["rows"].shape[0], 1)
+        queue = NearestNeighborQueue(3, 1)
         queue.load_state(state)
         return queue.rows_by_age().flatten().tolist()
 
@@ -245,6 +245,37 @@ def test_local_queues_are_dealt_to_other_ranks_by_age() -> None:
     assert [values(state) for state in reshard_queue_states(states, 1)] == [[11, 20, 10]]
     assert [values(state) for state in reshard_queue_states(states, 2)] == [[12, 11, 10], [21, 20]]
     assert [values(state) for state in reshard_queue_states(states, 6)] == [[10], [20], [11], [21], [12], []]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_resharded_queues_start_from_random_rows_where_nothing_was_stored(rows: int) -> None:
+    saved = [filled_queue(4, 6, rows, warmup="random").state() for _ in range(2)]
+    for state in reshard_queue_states(saved, 3):
+        queue = NearestNeighborQueue(4, 6, warmup="random", seed=3)
+        start = queue.rows.clone()
+        queue.load_state(state)
+        assert queue.filled == state["filled"] == len(state["rows"])
+        assert torch.equal(queue.rows[queue.filled :], start[queue.filled :])
+        torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(4))
+
+
+def test_identities_tell_own_rows_from_those_all_ranks_start_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr("losses.nearest_neighbor.rank", lambda rank=rank: rank)
+        queue = filled_queue(8, 4, 3, warmup="random")
+        found.append(queue.identities(torch.arange(8)))
+    assert torch.equal(found[0][3:], found[1][3:])
+    assert len(torch.cat([found[0], found[1][:3]]).unique()) == 11
+
+
+def test_a_restarted_queue_is_a_new_one() -> None:
+    for warmup in ("skip", "random"):
+        queue = filled_queue(16, 4, 10, warmup=warmup)
+        queue.restart(7)
+        new = NearestNeighborQueue(16, 4, warmup=warmup, seed=7)
+        assert queue.content_hash() == new.content_hash()
+        assert queue.ready == new.ready
 
 
 def test_statistics() -> None:

@@ -12,7 +12,7 @@ from trainer.checkpoint.folders import (
     sweep,
     verify_checkpoint,
 )
-from trainer.checkpoint.restore import load_checkpoint, read_state
+from trainer.checkpoint.restore import load_checkpoint, load_method_state, read_state
 from trainer.checkpoint.save import save_checkpoint
 from trainer.checkpoint.shards import read_weights
 from trainer.checkpoint.space import prepare_checkpoints
@@ -23,6 +23,7 @@ __all__ = [
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_method_state",
     "prepare_checkpoints",
     "prune_checkpoints",
     "read_state",

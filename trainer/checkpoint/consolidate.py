@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint.shards import TRAINER_STATE, read_file, read_optimizer_state, read_weights
+from trainer.checkpoint.shards import (
+    TRAINER_STATE,
+    read_file,
+    read_optimizer_state,
+    read_rank_states,
+    read_weights,
+)
 from trainer.errors import ConfigError
 from trainer.files import sync_folder
 
@@ -36,6 +42,8 @@ def consolidate(folder: Path, out: Path, full_state: Path | None = None) -> int:
         tensors = {f"optimizer/{kind}/{name}": value for kind in vectors for name, value in vectors[kind].items()}
         numbers = {key: state[key] for key in ("samples_seen", "bad_samples", "tokenizer_hash", "grad_scaler")}
         plain = _split(state["method_state"], "method", tensors)
+        for rank, own in enumerate(read_rank_states(folder)):
+            plain[f"rank_{rank}"] = _split(own, f"method/rank_{rank}", tensors)
         header |= {"state": json.dumps({**numbers, "optimizer": scalars, "method": plain}, default=str)}
         _write(tensors, full_state, header)
     return len(weights)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.checkpoint.layout import Layout, overlaps
-from trainer.checkpoint.shards import TRAINER_STATE, Joined, Shard, read_file, read_weights
+from trainer.checkpoint.shards import TRAINER_STATE, Joined, Shard, read_file, read_rank_states, read_weights
 from trainer.checkpoint.state import TrainerState
 from trainer.engine.ema import AVERAGE
 from trainer.engine.engine import Engine
@@ -72,6 +72,17 @@ def load_checkpoint(engine: Engine, folder: Path, rank: int, world_size: int) ->
     return state
 
 
+def load_method_state(engine: Engine, saved: TrainerState, folder: Path) -> None:
+    """Restore what the method keeps besides parameters and buffers: for all ranks, and for each alone. Collective.
+
+    Raises:
+        ConfigError: A file of the checkpoint cannot be read.
+    """
+    own = together(lambda: read_rank_states(folder))
+    engine.method.load_method_state(saved.method_state)
+    engine.method.load_rank_states(own)
+
+
 def _check_same_model(saved: Layout, current: Layout, folder: Path) -> None:
     old, new = saved.parameter_shapes | saved.frozen_shapes, current.parameter_shapes | current.frozen_shapes
     differences = {
@@ -82,9 +93,10 @@ def _check_same_model(saved: Layout, current: Layout, folder: Path) -> None:
         "trained then and frozen now": set(saved.parameter_shapes) & set(current.frozen_shapes),
     }
     detail = "; ".join(f"{label} {sorted(names)[:3]}" for label, names in differences.items() if names)
+    groups = "other parameter groups: restore optimizer.no_decay and optimizer.groups as they were"
     if detail or saved.parameter_names != current.parameter_names:
         raise ConfigError(
-            f"checkpoint {folder} is of another model ({detail or 'other parameter groups'}); "
+            f"checkpoint {folder} is of another model ({detail or groups}); "
             "resume with the recipe it was started with, or use a new --run_dir"
         )
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.folders import MANIFEST, PARTIAL, set_aside, sweep
 from trainer.checkpoint.restore import layout_of
-from trainer.checkpoint.shards import TRAINER_STATE
+from trainer.checkpoint.shards import TRAINER_STATE, rank_file
 from trainer.checkpoint.space import shortage
 from trainer.checkpoint.state import FORMAT, TrainerState
 from trainer.checkpoint.writer import FolderWriter, describe_os_error
@@ -49,6 +49,9 @@ def _write(engine: Engine, folder: Path, state: TrainerState, rank: int, world_s
     try:
         with _written_by(writer, engine):
             engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        own = engine.method.rank_state()
+        if own:
+            writer.save(own, rank_file(folder, rank))
         if rank == 0:
             writer.save({**state.as_saved(), "layout": asdict(layout_of(engine, world_size))}, folder / TRAINER_STATE)
     finally:

@@ -15,6 +15,7 @@ from trainer.checkpoint.layout import Layout
 from trainer.errors import ConfigError
 
 TRAINER_STATE = "trainer_state.pt"
+_RANK_FILE = "method_rank_{:05d}.pt"
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _OPTIMIZER_FILE = "mp_rank_00_optim_states.pt"
 
@@ -63,6 +64,21 @@ def read_file(path: Path) -> dict[str, Any]:
 def read_layout(folder: Path) -> Layout:
     """How the state in a checkpoint folder is cut up."""
     return Layout(**read_file(folder / TRAINER_STATE)["layout"])
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where a checkpoint keeps what the method on a rank has for itself (`Method.rank_state`)."""
+    return folder / _RANK_FILE.format(rank)
+
+
+def read_rank_states(folder: Path) -> list[dict[str, Any]]:
+    """What the method had for itself on each rank that saved, in their order; empty if the method has no such state.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    files = [rank_file(folder, rank) for rank in range(read_layout(folder).world_size)]
+    return [read_file(path) for path in files if path.is_file()]
 
 
 class Shard:

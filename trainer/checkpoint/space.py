@@ -54,7 +54,7 @@ class Estimate:
 
 
 def rank_bytes(engine: Engine, layout: Layout, method_state: dict[str, Any], rank: int) -> int:
-    """Bytes that `rank` writes per checkpoint, an upper bound close to the truth."""
+    """Bytes that `rank`, which is this one, writes per checkpoint, an upper bound close to the truth."""
     copies = 1 + _MOMENTS[layout.optimizer] + (engine.ema_decay is not None)
     groups = range(len(layout.parameter_names))
     trained = sum(sum(layout.group_sizes(group)) for group in groups)
@@ -63,8 +63,10 @@ def rank_bytes(engine: Engine, layout: Layout, method_state: dict[str, Any], ran
     buffers = sum(value.nbytes for value in state_dict.values() if not isinstance(value, nn.Parameter))
     overhead = 2 * _FILE_BYTES + (2 + copies) * _TENSOR_BYTES * len(state_dict)
     extra = sum(tensor.nbytes for tensor in _tensors(method_state)) if rank == 0 else 0
+    own = sum(buffer.nbytes for buffer in engine.method.own_buffers())
+    extra += own + _FILE_BYTES if own else 0
     if layout.stage == 0:
-        return overhead + extra + 4 * (copies * trained + frozen) + buffers if rank == 0 else 0
+        return overhead + extra + 4 * (copies * trained + frozen) + buffers if rank == 0 else extra
     if layout.stage == 3:
         owned = sum(sum(layout.shares(group)) for group in groups)
         shares = sum(-(-math.prod(shape) // layout.world_size) for shape in layout.frozen_shapes.values())

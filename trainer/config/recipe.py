@@ -83,7 +83,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 # Replaced whole by a child recipe: merging two weightings or two role tables would be a third that nobody wrote.
-_REPLACED_WHOLE = {"data.train", "data.augmentation", "eval.sets"}
+_REPLACED_WHOLE = {"data.train", "data.augmentation", "eval.sets", "optimizer.groups"}
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any], prefix: str = "") -> dict[str, Any]:

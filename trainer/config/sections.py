@@ -30,6 +30,8 @@ class ModelConfig(Section):
     text_projection: Literal["linear", "none"] = "linear"
     text_projection_bias: bool = False
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # Random start: CLIP's, or that of DeCLIP's released code (see `models.registry.build_model`).
+    init: Literal["clip", "declip"] = "clip"
     # Of pixels in [0, 1]; ImageNet's, as DeCLIP.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -131,6 +133,7 @@ class EvalConfig(Section):
     batch_size: int = Field(256, ge=1)
     # Shorter side before the centre crop; None resizes straight to the model's image size.
     resize_size: int | None = Field(None, ge=8)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     sets: dict[str, EvalSet] = {}
 
 
@@ -157,8 +160,27 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
 
 
+class GroupConfig(Section):
+    """How the parameters of one module are trained, where not like the others; None leaves a thing as it is."""
+
+    # Over `optimizer.lr` and both ends of the schedule; 0 leaves the module as it starts.
+    lr_factor: float | None = Field(None, ge=0.0)
+    weight_decay: float | None = Field(None, ge=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "GroupConfig":
+        if self.lr_factor is None and self.weight_decay is None:
+            raise ValueError("sets nothing; give lr_factor, weight_decay or both, or leave the module out")
+        return self
+
+
 class OptimizerConfig(Section):
-    """`auto`: torch's fused AdamW, or DeepSpeed's CPUAdam under offload."""
+    """`auto`: torch's fused AdamW, or DeepSpeed's CPUAdam under offload.
+
+    `no_decay`: kinds of parameters that do not decay, wherever they are: gains and biases of `norms`, `biases` of other
+    layers, the packed `attention_biases` of transformers, and `temperatures`, which are all parameters of one number.
+    `groups`: modules of the method, by name, that are trained unlike the rest; the innermost counts.
+    """
 
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "cpu_adam", "sgd"] = "auto"
     lr: float = Field(gt=0.0)
@@ -167,6 +189,13 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     nesterov: bool = True
     weight_decay: float = Field(0.1, ge=0.0)
+    no_decay: list[Literal["norms", "biases", "attention_biases", "temperatures"]] = [
+        "norms",
+        "biases",
+        "attention_biases",
+        "temperatures",
+    ]
+    groups: dict[str, GroupConfig] = {}
     gradient_clipping: float = Field(0.0, ge=0.0)
 
 
@@ -258,8 +287,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     first = error.errors()[0]
     location = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
     # Members of a union report their type name as the last part; the key above it is what the user wrote.
-    known_types = ("int", "str", "float", "bool", "dict[", "list[")
-    while location and location[-1].startswith(known_types):
+    while location and (location[-1] in ("int", "str", "float", "bool") or location[-1].startswith(("dict[", "list["))):
         location.pop()
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":

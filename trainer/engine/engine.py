@@ -18,6 +18,7 @@ from trainer.config.ds_config import ResolvedDeepSpeed
 from trainer.config.sections import RunConfig
 from trainer.engine.optimizer import build_optimizer, parameter_groups
 from trainer.methods.base import BoundedParameter, Method
+from trainer.methods.rules import training_rules
 from trainer.ranks.launch import Place
 
 
@@ -92,7 +93,7 @@ class Engine:
         self.offload = resolved.offload_optimizer
         self.clip = config.optimizer.gradient_clipping
         self.ema_decay = config.train.ema_decay
-        groups = parameter_groups(method, config.optimizer.weight_decay, method.training_rules())
+        groups = parameter_groups(method, config.optimizer, training_rules(method, config.optimizer))
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         self.parameter_names = [[names[id(p)] for p in group["params"]] for group in groups]
         self.parameter_shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
@@ -153,9 +154,9 @@ class Engine:
         return self.optimizer.torch_autocast_gradscaler
 
     def set_learning_rate(self, rate: Callable[[int | None], float]) -> None:
-        """Set every group's rate for the next step: `rate` of its `last_step` (see `TrainingRule`)."""
+        """Set every group's rate for the next step: `rate` of its `last_step`, times its factor (`TrainingRule`)."""
         for group in self.base_optimizer.param_groups:
-            group["lr"] = rate(group["last_step"])
+            group["lr"] = rate(group["last_step"]) * group["lr_factor"]
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Take the optimizer step unless a gradient is not finite; every rank decides the same. Collective.

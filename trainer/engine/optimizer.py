@@ -1,6 +1,8 @@
 """Parameter groups and the optimizer kernel."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,30 +13,72 @@ from trainer.errors import ConfigError
 from trainer.methods.base import TrainingRule
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, BatchNorm)
-_NO_RULE = TrainingRule("")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, rules: Sequence[TrainingRule] = ()) -> list[dict]:
-    """Two groups: decayed weights, and everything that must not decay (norms, biases, temperatures).
+@dataclass(frozen=True)
+class _Treatment:
+    """What sets a group of parameters apart; None and True are the recipe's own."""
 
-    Positional and class embeddings and the token table decay, as in DeCLIP's recipes. Temperatures share the second
-    group because a group of one element cannot be partitioned over ranks. Modules whose rule has a `last_step`, which
-    their groups carry, have two more.
+    last_step: int | None = None
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+    decays: bool = True
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig, rules: Sequence[TrainingRule] = ()) -> list[dict]:
+    """Two groups: decayed weights, and what `optimizer.no_decay` names; then those that rules set apart.
+
+    Positional and class embeddings and the token table decay, as in DeCLIP's recipes. Groups carry the `last_step` and
+    the `lr_factor` of their rule.
     """
-    groups: dict[tuple[int | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
+    # Checkpoints tell groups by their order: these two come first, whatever the order of the parameters.
+    groups: dict[_Treatment, list[nn.Parameter]] = {_Treatment(): [], _Treatment(decays=False): []}
     for path, owner in module.named_modules():
-        rule = next((rule for rule in rules if f"{path}.".startswith(f"{rule.module}.")), _NO_RULE)
+        treatment = _treatment(path, rules)
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            exempt = isinstance(owner, _NORMS) or name.endswith("bias") or parameter.numel() == 1
-            decays = rule.weight_decay and not exempt
-            groups.setdefault((rule.last_step, decays), []).append(parameter)
+            group = treatment
+            if treatment.weight_decay == 0.0 or _kind(owner, name, parameter) in config.no_decay:
+                group = replace(treatment, weight_decay=None, decays=False)
+            groups.setdefault(group, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "last_step": last_step}
-        for (last_step, decays), parameters in groups.items()
+        {
+            "params": parameters,
+            "weight_decay": _decay(treatment, config),
+            "last_step": treatment.last_step,
+            "lr_factor": treatment.lr_factor,
+        }
+        for treatment, parameters in groups.items()
         if parameters
     ]
+
+
+def _treatment(path: str, rules: Sequence[TrainingRule]) -> _Treatment:
+    found: dict[str, Any] = {}
+    # From the outermost to the innermost; where two are of one module, the last.
+    for rule in sorted((rule for rule in rules if rule.reaches(path)), key=lambda rule: len(rule.module)):
+        fields = {name: getattr(rule, name) for name in ("last_step", "lr_factor", "weight_decay")}
+        found |= {name: value for name, value in fields.items() if value is not None}
+    return _Treatment(**found)
+
+
+def _decay(treatment: _Treatment, config: OptimizerConfig) -> float:
+    if not treatment.decays:
+        return 0.0
+    return config.weight_decay if treatment.weight_decay is None else treatment.weight_decay
+
+
+def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    """What a parameter is, in the words of `optimizer.no_decay`; `weights` for all the rest."""
+    # ZeRO 3 may have cut it up by now, and keeps its size there.
+    if getattr(parameter, "ds_numel", parameter.numel()) == 1:
+        return "temperatures"
+    if isinstance(owner, _NORMS):
+        return "norms"
+    if name == "in_proj_bias":
+        return "attention_biases"
+    return "biases" if name.endswith("bias") else "weights"
 
 
 def kernel_name(config: OptimizerConfig, offload: bool) -> str:

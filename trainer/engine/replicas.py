@@ -45,7 +45,7 @@ def verify_replicas(engine: Engine, step: int) -> None:
     """Compare across ranks the weights, buffers and method state that must be equal. Collective.
 
     At ZeRO 0 to 2 these are all weights; at ZeRO 3 those that are kept whole. Running statistics of batch norms in
-    `local` mode may differ.
+    `local` mode and a method's `own_buffers` may differ.
 
     Raises:
         ConfigError: A rank differs; the message names it, its host and what differs.
@@ -82,7 +82,7 @@ def _replicated(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         for layer in engine.method.modules()
         if isinstance(layer, BatchNorm) and not layer.sync
         for buffer in layer.buffers()
-    }
+    } | {id(buffer) for buffer in engine.method.own_buffers()}
     for name, buffer in engine.method.named_buffers():
         if id(buffer) not in local:
             yield f"buffer {name}", buffer

@@ -80,9 +80,13 @@ class Evaluation:
         """Encode the pictures of a set. Collective."""
         batch_size, world_size = self._config.eval.batch_size, self._place.world_size
         image_size = encoder.method.model.image_tower.image_size
+        config = self._config
+        transform = EvalTransform(
+            image_size, config.eval.resize_size, config.data.max_image_pixels, config.eval.interpolation
+        )
         loader = build_eval_loader(
             samples,
-            EvalTransform(image_size, self._config.eval.resize_size, self._config.data.max_image_pixels),
+            transform,
             store=self._store,
             rank=self._place.rank,
             world_size=world_size,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL.Image import Resampling
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
 from models.clip import ClipModel
@@ -88,6 +89,7 @@ def _write_processor(model: ClipModel, tokenizer: ClipTokenizer, config: RunConf
     images = transformers.CLIPImageProcessor(
         size={"shortest_edge": config.eval.resize_size or side},
         crop_size={"height": side, "width": side},
+        resample=Resampling[config.eval.interpolation.upper()],
         image_mean=list(model.pixel_mean),
         image_std=list(model.pixel_std),
     )

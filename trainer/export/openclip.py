@@ -36,7 +36,7 @@ def write_openclip(model: ClipModel, tokenizer: CaptionTokenizer, config: RunCon
     preprocess_cfg = {
         "mean": list(model.pixel_mean),
         "std": list(model.pixel_std),
-        "interpolation": "bicubic",
+        "interpolation": config.eval.interpolation,
         "resize_mode": "shortest",
     }
     if model.logit_bias is not None:

@@ -25,16 +25,25 @@ class MethodSettings(Section):
 class TrainingRule:
     """How the parameters below a module are trained, where not like the others.
 
+    None leaves a thing as it is for what stands above the module, in the end as the recipe's `optimizer` and `schedule`
+    say: of all rules that reach a parameter, the one of the innermost module counts, for each attribute by itself.
+
     Attributes:
         module: Its name in the method, e.g. `model.image_tower`.
-        weight_decay: Whether its weights decay.
+        weight_decay: Of its parameters, those that decay at all (`optimizer.no_decay`).
         last_step: The step at which its learning rate has come down to `schedule.end_lr`, and after which it is 0;
             None: as the rest, at `train.steps`.
+        lr_factor: Its learning rate over that of the recipe, at every step; 0 leaves it as it starts.
     """
 
     module: str
-    weight_decay: bool = True
+    weight_decay: float | None = None
     last_step: int | None = None
+    lr_factor: float | None = None
+
+    def reaches(self, path: str) -> bool:
+        """Whether the module at `path` is the rule's, or below it."""
+        return f"{path}.".startswith(f"{self.module}.")
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,26 @@ class Method(nn.Module):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `method_state` returned."""
 
+    def rank_state(self) -> dict[str, Any]:
+        """State of this rank alone, which a checkpoint keeps in a file for each rank; on all ranks or on none."""
+        return {}
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Restore what `rank_state` returned; called after `load_method_state`, on every rank.
+
+        Args:
+            states: Of all ranks that saved, in their order, whatever number there is now; empty if there were none.
+        """
+
+    def own_buffers(self) -> list[Tensor]:
+        """Buffers that may differ between ranks."""
+        return []
+
     def state_digest(self) -> str:
-        """Hash of `method_state`, compared across ranks and logged; empty when there is none."""
+        """Hash of `method_state` and of all `rank_state`s, compared across ranks and logged; empty when there is none.
+
+        Collective.
+        """
         return ""
 
     def bounded_parameters(self) -> list[BoundedParameter]:

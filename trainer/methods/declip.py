@@ -1,9 +1,11 @@
 """DeCLIP: CLIP plus self-supervision in each modality, multi-view and nearest-neighbour supervision."""
 
-from typing import Any, ClassVar, Literal
+import hashlib
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from losses import (
@@ -13,10 +15,13 @@ from losses import (
     masked_lm_loss,
     neighbour_statistics,
     normalize,
+    reshard_queue_states,
     simsiam_loss,
 )
+from losses.distributed import rank, world_size
 from models.clip import ClipModel
 from models.heads import MlmHead, SimSiamHead
+from trainer.config.sections import TrainConfig
 from trainer.methods.base import Method, MethodSettings
 
 # The released code weighs the mean of all four view pairs by 0.4, so the original pair gets 0.1 and the other three
@@ -37,6 +42,9 @@ class DeclipSettings(MethodSettings):
     w_iss: float | None = Field(None, ge=0.0)
     w_tss: float | None = Field(None, ge=0.0)
     nns_queue_size: int = Field(65536, ge=1)
+    # `local`: a queue per rank with that rank's captions alone, as released. W ranks are then not one rank.
+    nns_queue: Literal["global", "local"] = "global"
+    # `random`: rows drawn from `train.seed` count as neighbours until captions have taken their place, as released.
     nns_warmup: Literal["skip", "random"] = "skip"
     nns_enqueue: Literal["both", "orig"] = "both"
     nns_symmetric: bool = False
@@ -48,6 +56,14 @@ class DeclipSettings(MethodSettings):
     # True: the masked caption is also the contrastive one (the released code). False: a third, clean text pass.
     mlm_shared_pass: bool = True
 
+    @model_validator(mode="after")
+    def _check_queue(self) -> Self:
+        if self.nns_queue == "local" and self.nns_warmup != "random":
+            raise ValueError(
+                "nns_queue local needs nns_warmup random, so that no rank is without neighbours while others have some"
+            )
+        return self
+
     def weights(self) -> dict[str, float]:
         """The five weights in force."""
         preset = PRESETS[self.preset]
@@ -58,9 +74,9 @@ class DeclipMethod(Method):
     """Two image views and two captions: InfoNCE on all four pairs, SimSiam, masked language modelling, neighbours.
 
     Source: Li et al., "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training
-    Paradigm", ICLR 2022. Deviations, each an improvement with the official behaviour as an option where it matters:
-    one global queue on all ranks instead of one per rank, synchronised BN in the SimSiam head, the MLM mean taken over
-    the global batch.
+    Paradigm", ICLR 2022. Deviations, so that W ranks are one rank: one global queue instead of one per rank (the
+    official behaviour is `nns_queue: local`), synchronised BN in the SimSiam head (`iss_bn: local`), and the MLM mean
+    taken over the global batch.
     """
 
     Settings: ClassVar[type[MethodSettings]] = DeclipSettings
@@ -90,6 +106,15 @@ class DeclipMethod(Method):
         # What `metrics` reports on, from the last step.
         self._found: tuple[Tensor, Tensor] | None = None
         self._projections: Tensor | None = None
+
+    @property
+    def _queue_is_local(self) -> bool:
+        return self.queue is not None and self.settings.nns_queue == "local"
+
+    def begin_run(self, train: TrainConfig, num_samples: int | None) -> None:
+        """Draw the queue's random rows, the same on all ranks."""
+        if self.queue is not None and self.settings.nns_warmup == "random":
+            self.queue.restart(train.seed)
 
     def _text_views(self) -> tuple[str, ...]:
         if not self.weights["w_tss"]:
@@ -138,20 +163,22 @@ class DeclipMethod(Method):
         if self.weights["w_tss"]:
             mlm_count += features["mlm_targets"].numel()
         slots, cosine = self._search(text_features)
+        neighbours = {} if slots is None else self._neighbours(slots)
         contrastive = contrastive_terms(
             image_features,
             text_features,
             scale,
-            queue_rows=None if slots is None else self.queue.rows,
-            neighbour_slots=slots,
+            **neighbours,
             neighbour_symmetric=self.settings.nns_symmetric,
             neighbour_mask_duplicates=self.settings.nns_mask_duplicates,
             clip_pairs=None if self.weights["w_mvs"] else [(0, 0)],
             extra_sums=mlm_count,
             communication_dtype=self.communication_dtype,
         )
-        self._pending = contrastive.gathered_text if self.queue is not None else None
-        self._found = None if cosine is None else (contrastive.gathered_slots, cosine)
+        if self.queue is not None:
+            self._pending = text_features.detach() if self._queue_is_local else contrastive.gathered_text
+        found = slots if contrastive.gathered_slots is None else contrastive.gathered_slots
+        self._found = None if cosine is None else (found, cosine)
         terms = {"clip": contrastive.clip[0, 0]}
         if self.weights["w_mvs"]:
             terms["mvs"] = (contrastive.clip[0, 1] + contrastive.clip[1, 0] + contrastive.clip[1, 1]) / 3.0
@@ -174,6 +201,15 @@ class DeclipMethod(Method):
             return None, None
         return self.queue.search(text_features)
 
+    def _neighbours(self, slots: Tensor) -> dict[str, Tensor]:
+        """How `contrastive_terms` is told of them: by slot where all ranks hold the same rows."""
+        if not self._queue_is_local:
+            return {"queue_rows": self.queue.rows, "neighbour_slots": slots}
+        found = {"neighbour_vectors": self.queue.rows[slots]}
+        if self.settings.nns_mask_duplicates:
+            found["neighbour_slots"] = self.queue.identities(slots)
+        return found
+
     def metrics(self) -> dict[str, float]:
         """Fill of the queue and health of the neighbours; spread of the SimSiam projections (0 when collapsed)."""
         values = {}
@@ -193,23 +229,55 @@ class DeclipMethod(Method):
             self._pending = None
 
     def method_state(self) -> dict[str, Any]:
-        """The queue."""
-        return {} if self.queue is None else {"queue": self.queue.state()}
+        """The queue, where it is one for all ranks."""
+        return {} if self.queue is None or self._queue_is_local else {"queue": self.queue.state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Restore the queue; a checkpoint without one starts it empty."""
+        """Restore the queue; a checkpoint without one starts it empty. Queues per rank each start from a global one."""
         if self.queue is not None and "queue" in state:
             self.queue.load_state(state["queue"])
 
+    def rank_state(self) -> dict[str, Any]:
+        """The queue of this rank, where each has its own."""
+        return {"queue": self.queue.state()} if self._queue_is_local else {}
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Restore this rank's queue: bit for bit at the same number of ranks, else its share of all rows by age."""
+        saved = [state["queue"] for state in states if "queue" in state]
+        if self.queue is None or not saved:
+            return
+        wanted = world_size() if self._queue_is_local else 1
+        if len(saved) != wanted:
+            saved = reshard_queue_states(saved, wanted)
+        self.queue.load_state(saved[rank() % wanted])
+
+    def own_buffers(self) -> list[Tensor]:
+        """The queue's, where each rank has its own."""
+        return list(self.queue.buffers()) if self._queue_is_local else []
+
     def state_digest(self) -> str:
-        """Hash of the queue's rows, pointer and fill."""
-        return "" if self.queue is None else self.queue.content_hash()
+        """Hash of the queue's rows, pointer and fill, or of those of all queues."""
+        if self.queue is None:
+            return ""
+        own = self.queue.content_hash()
+        if not self._queue_is_local or world_size() == 1:
+            return own
+        digests = [""] * world_size()
+        dist.all_gather_object(digests, own)
+        return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
     def describe(self, global_batch_size: int) -> list[str]:
         """Negatives of each contrastive term and the age of the queue."""
         lines = super().describe(global_batch_size)
         if self.queue is not None:
-            rows = global_batch_size * (2 if self.settings.nns_enqueue == "both" else 1)
-            steps = self.settings.nns_queue_size / rows
-            lines.append(f"nearest neighbours: global queue of {self.settings.nns_queue_size} rows = {steps:.1f} steps")
+            settings, ranks = self.settings, world_size() if self._queue_is_local else 1
+            rows = global_batch_size // ranks * (2 if settings.nns_enqueue == "both" else 1)
+            size, steps = settings.nns_queue_size, settings.nns_queue_size / rows
+            which = "a queue of each rank's own captions," if self._queue_is_local else "global queue of"
+            lines.append(f"nearest neighbours: {which} {size} rows = {steps:.1f} steps")
         return lines
+
+    def exchanged_per_sample(self) -> tuple[int, int]:
+        """Captions' features both ways; vectors of the neighbours forward, where their slots say nothing elsewhere."""
+        gathered, reduced = super().exchanged_per_sample()
+        return gathered + (2 * self.model.embed_dim if self._queue_is_local else 0), reduced

@@ -155,7 +155,7 @@ class ProtoclipMethod(Method):
 
     def training_rules(self) -> list[TrainingRule]:
         """Heads do not decay; with `lit_episodes` the image tower's learning rate ends where they begin."""
-        rules = [TrainingRule("image_head", weight_decay=False), TrainingRule("text_head", weight_decay=False)]
+        rules = [TrainingRule("image_head", weight_decay=0.0), TrainingRule("text_head", weight_decay=0.0)]
         if self.settings.lit_episodes:
             rules.append(TrainingRule("model.image_tower", last_step=self._last_step))
         return rules

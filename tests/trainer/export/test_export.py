@@ -1,5 +1,6 @@
 """Exported folders as open_clip, transformers and onnxruntime read them, and as a new run starts from them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -159,6 +160,20 @@ def test_transformers_loads_a_run(run_dir, tmp_path):
     torch.testing.assert_close(ours, output.image_embeds, **TOLERANCE)
     torch.testing.assert_close(own_embeddings(exported)[1], output.text_embeds, **TOLERANCE)
     torch.testing.assert_close(model.logit_scale.exp(), exported.model.logit_scale().squeeze())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_export_resizes_as_the_run_was_evaluated(interpolation, tmp_path):
+    exported = make_exported(tmp_path, "vit_pico_p8_32", context_length=16)
+    config = exported.config
+    evaluated = config.model_copy(update={"eval": config.eval.model_copy(update={"interpolation": interpolation})})
+    exported = dataclasses.replace(exported, config=evaluated)
+    for layout in ("openclip", "huggingface"):
+        export(exported, layout, tmp_path / layout)
+    described = json.loads((tmp_path / "openclip" / "open_clip_config.json").read_text())
+    assert described["preprocess_cfg"]["interpolation"] == interpolation
+    processor = json.loads((tmp_path / "huggingface" / "preprocessor_config.json").read_text())
+    assert processor["resample"] == Image.Resampling[interpolation.upper()]
 
 
 @pytest.mark.parametrize("layout", ["openclip", "huggingface", "safetensors"])

@@ -22,7 +22,7 @@ from tests.trainer.methods.test_gradients import SAMPLES, worst_error
 from tests.trainer.methods.test_gradients import micro_batch as declip_batch
 from tests.trainer.test_world_size import compare
 from trainer.checkpoint.shards import read_weights
-from trainer.config.sections import TrainConfig
+from trainer.config.sections import OptimizerConfig, TrainConfig
 from trainer.errors import ConfigError
 from trainer.loading import load_config
 from trainer.methods import METHODS, parse_method
@@ -187,7 +187,7 @@ def test_heads_start_equal_and_do_not_decay():
     twins = zip(method.image_head.parameters(), method.text_head.parameters(), strict=True)
     assert all(torch.equal(one, other) and one is not other for one, other in twins)
     names = {id(parameter): name for name, parameter in method.named_parameters()}
-    groups = parameter_groups(method, 0.5, method.training_rules())
+    groups = parameter_groups(method, OptimizerConfig(lr=1e-3, weight_decay=0.5), method.training_rules())
     assert sum(len(group["params"]) for group in groups) == len(names)
     for group in groups:
         for name in (names[id(parameter)] for parameter in group["params"]):
