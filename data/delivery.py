@@ -110,6 +110,11 @@ class _Delivered(Dataset):
             ) from None
 
 
+def _most_shared(items: Any, held: int) -> int:
+    """Batches in shared memory at once; pinned ones are copies and have left it."""
+    return min(held, len(items)) if hasattr(items, "__len__") else held
+
+
 def _free_shared_memory() -> int | None:
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
@@ -165,8 +170,7 @@ class Pipeline:
                 "worker_init_fn": functools.partial(initialise_worker, ends[1]),
             }
         loader = DataLoader(
-            # Pinned batches are copies, and leave shared memory at once.
-            _Delivered(dataset, workers * prefetch + (1 if pin_memory else held_by_user)),
+            _Delivered(dataset, _most_shared(items, workers * prefetch + (1 if pin_memory else held_by_user))),
             batch_size=None,
             sampler=items,
             num_workers=workers,
@@ -299,8 +303,8 @@ class _Receiver:
 
     def _death(self) -> LoaderError:
         """What happened to the first worker that is dead."""
-        if self._last_words.poll():
-            text = self._last_words.recv_bytes().decode("utf-8", "replace")
+        text = self._read_last_words()
+        if text:
             return LoaderError(f"a loader worker failed outside of its batches: {text}; the lines above say where")
         number, process = next(
             (number, process) for number, process in enumerate(self._processes) if not process.is_alive()
@@ -310,6 +314,13 @@ class _Receiver:
             why = _DEATHS.get(-code, "as when a library crashes; the lines above may say more")
             return LoaderError(f"{who} was ended by {_signal_name(-code)}, {why}")
         return LoaderError(f"{who} ended with exit code {code} instead of the next batch; the lines above may say why")
+
+    def _read_last_words(self) -> str:
+        try:
+            return self._last_words.recv_bytes().decode("utf-8", "replace") if self._last_words.poll() else ""
+        except (EOFError, OSError):
+            # All workers are dead, and none has said anything.
+            return ""
 
 
 def _signal_name(number: int) -> str:
