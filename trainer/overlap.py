@@ -79,7 +79,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.evaluation.results import write_json
     from trainer.evaluation.zero_shot import zero_shot_ranks
     from trainer.metrics import Console
-    from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.pipeline import index_sources, index_store, patience, resolve_workers
     from trainer.ranks.agreement import together
     from trainer.trained import TrainedModel, load_trained, run_config
 
@@ -98,6 +98,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
 
     def all_hashes(samples: Any, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         options = {"rank": place.rank, "world_size": place.world_size, "workers": workers, "max_samples": limit}
+        options["patience"] = patience(config)
         found = together(lambda: hash_pictures(samples, store, **options))
         parts: list[Any] = [None] * place.world_size
         dist.all_gather_object(parts, found)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
+from data.delivery import Patience
 from data.errors import DataError
 from data.images.augment import AUGMENTATIONS, ImageAugmentation
 from data.loader import TrainLoader, build_train_loader
@@ -27,6 +28,7 @@ from trainer.methods.base import Method
 from trainer.metrics import BAD_SAMPLES, writable
 from trainer.ranks.agreement import together
 from trainer.ranks.launch import Place
+from trainer.ranks.signals import told_to_stop
 
 _DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8
@@ -166,6 +168,7 @@ class TrainData:
             workers=resolve_workers(config, place),
             prefetch=config.data.prefetch,
             pin_memory=device.type == "cuda",
+            patience=patience(config),
         )
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:
@@ -224,6 +227,11 @@ def index_sources(config: RunConfig, place: Place) -> list[IndexedSource]:
                 "`python -m data.index --excluded SHARDS`, repair the shards or raise the limit"
             )
     return sources
+
+
+def patience(config: RunConfig) -> Patience:
+    """How long this run waits for a batch."""
+    return Patience(config.train.timeout_minutes, told_to_stop)
 
 
 def resolve_workers(config: RunConfig, place: Place) -> int:

@@ -99,7 +99,7 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.errors import ConfigError
     from trainer.loading import load_config
     from trainer.metrics import Console
-    from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.pipeline import index_sources, index_store, patience, resolve_workers
     from trainer.ranks.agreement import on_main, together
 
     config = load_config(arguments.recipe, {} if arguments.data is None else {"data.train": arguments.data})
@@ -139,6 +139,7 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
         world_size=place.world_size,
         batch_size=arguments.batch_size,
         workers=resolve_workers(config, place),
+        patience=patience(config),
     )
     share = (-(-count // arguments.batch_size) // place.world_size + 1) * arguments.batch_size
     store = RowStore(share, tower.width, int(arguments.memory_gib * 2**30))

@@ -21,7 +21,7 @@ from trainer.evaluation.retrieval import retrieval_figures
 from trainer.evaluation.sets import EvalData, Samples, open_eval_set
 from trainer.evaluation.similarity import pooled
 from trainer.evaluation.zero_shot import class_embeddings, classification_figures, zero_shot_ranks
-from trainer.pipeline import index_store, project_cache, resolve_workers
+from trainer.pipeline import index_store, patience, project_cache, resolve_workers
 from trainer.ranks.launch import Place
 
 
@@ -84,6 +84,7 @@ class Evaluation:
             batch_size=batch_size,
             max_samples=data.max_samples,
             workers=resolve_workers(self._config, self._place),
+            patience=patience(self._config),
         )
         total = data.num_samples(samples)
         records: dict[int, tuple[list[str], dict]] = {}
