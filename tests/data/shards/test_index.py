@@ -116,7 +116,7 @@ def damaged(tmp_path, kind):
     good = write_tar(tmp_path / "good.tar", [m for n in range(9) for m in sample_members(n)]).read_bytes()
     blobs = {
         "empty_file": b"",
-        "empty_tar": bytes(10240),
+        "empty_large": bytes(2 << 20),
         "truncated": good[: 512 * 16 + 100],
         "garbage_inside": good[: 512 * 16] + b"?" * 1024 + good[512 * 18 :],
         "text": b"Not Found\n" * 100,
@@ -125,6 +125,8 @@ def damaged(tmp_path, kind):
         path.write_bytes(blobs[kind])
     elif kind == "duplicate":
         write_tar(path, [*sample_members(1), *sample_members(2), *sample_members(1)])
+    elif kind == "no_samples":
+        write_tar(path, [("README", b"x")])
     elif kind == "nothing_usable":
         write_tar(path, [("a.gif", b"1"), ("a.txt", b"x"), ("b.bmp", b"1"), ("b.txt", b"x")])
     return str(path)
@@ -135,7 +137,8 @@ def damaged(tmp_path, kind):
     [
         ("missing", "No such file"),
         ("empty_file", "empty file"),
-        ("empty_tar", "without samples"),
+        ("empty_large", "without a single member"),
+        ("no_samples", "without samples"),
         ("truncated", "'000003'"),
         ("garbage_inside", "'000003'"),
         ("text", "not a tar"),
