@@ -16,7 +16,7 @@ _PATIENCE_S = 2.0
 
 def leave_on_interrupt() -> None:
     """Has Ctrl-C end this process at once, until `run_command`: libraries take it for a failed import of theirs."""
-    signal.signal(signal.SIGINT, _leave)
+    _on_interrupt(_leave)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -25,7 +25,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     Args:
         main: The command; returns the exit code.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _on_interrupt(signal.default_int_handler)
     try:
         code = main()
     except KeyboardInterrupt:
@@ -37,6 +37,12 @@ def run_command(main: Callable[[], int]) -> NoReturn:
                     thread.join(max(0.0, deadline - time.monotonic()))
         _leave()
     sys.exit(code)
+
+
+def _on_interrupt(handler: Callable[[int, FrameType | None], object]) -> None:
+    # A shell starts its background jobs deaf to Ctrl-C, and they stay so.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:

@@ -103,6 +103,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
         parts: list[Any] = [None] * place.world_size
         dist.all_gather_object(parts, found)
         indices, hashes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        _warn_of_unreadable(console, samples, limit, len(indices))
         order = np.argsort(indices)
         return indices[order], hashes[order]
 
@@ -129,6 +130,14 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
         write_json(path, {"train_samples": len(train_hashes), "sets": records})
         console.table(table)
         console.line(f"figures and the keys of near-duplicates in {path}")
+
+
+def _warn_of_unreadable(console: Any, samples: Any, limit: int | None, hashed: int) -> None:
+    parts = samples if isinstance(samples, list) else [samples]
+    total = sum(part.num_samples for part in parts)
+    total = min(total, limit or total)
+    if hashed < total:
+        console.warn(f"{total - hashed} of {total} pictures cannot be read and are not compared")
 
 
 def main(argv: list[str]) -> None:

@@ -87,10 +87,12 @@ def chunks(store: "RowStore") -> Iterator["torch.Tensor"]:
 
 def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     """Encode, reduce, write. Collective."""
+    import torch
     import torch.distributed as dist
 
     from data.captions.hf_tokenizer import HfTokenizer
     from data.loader import build_eval_loader
+    from losses.distributed import all_reduce_sum_
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
@@ -145,6 +147,9 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     store = RowStore(share, tower.width, int(arguments.memory_gib * 2**30))
     console.line(f"encoding {count} captions with {arguments.model}")
     places = together(lambda: encode_captions(loader, tokenizer, tower, device, store))
+    unreadable = count - int(all_reduce_sum_(torch.tensor(len(places))))
+    if unreadable:
+        console.warn(f"{unreadable} of {count} captions cannot be read and have rows of zeros")
     mean, axes = principal_components(store, arguments.dim)
     written = np.load(arguments.out, mmap_mode="r+")
     for start, rows in zip(range(0, len(store), _CHUNK_ROWS), chunks(store), strict=True):
