@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("moment", ["importing", "reading"])
 def test_an_interrupt_is_one_line(tmp_path, moment):
     # Takes connections and never answers.
+    connected = []
     server = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{server.getsockname()[1]}/{{0..99}}.tar"
     if moment == "importing":
@@ -35,7 +36,7 @@ def test_an_interrupt_is_one_line(tmp_path, moment):
         if moment == "importing":
             assert process.stdout.readline() == "here\n"
         else:
-            connection, _ = server.accept()
+            connected.append(server.accept())
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     finally:

@@ -77,6 +77,8 @@ def reported_errors(place: Place) -> Iterator[None]:
 
 
 def _leave(place: Place, message: str, code: int) -> None:
+    # First, as a launcher may kill this rank while it lets rank 0 speak.
+    _abandon_loaders()
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
     last_words(place, message, code)
@@ -88,11 +90,15 @@ def _leave(place: Place, message: str, code: int) -> None:
 
 def exit_now(code: int) -> NoReturn:
     """Leave without the orderly end of the interpreter, from any thread; loaders leave nothing behind."""
+    _abandon_loaders()
+    os._exit(code)
+
+
+def _abandon_loaders() -> None:
     # Only where there can be some, as importing it takes seconds.
     delivery = sys.modules.get("data.delivery")
     if delivery is not None:
         delivery.abandon_all()
-    os._exit(code)
 
 
 def _is_lost_contact(error: Exception) -> bool:
