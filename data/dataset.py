@@ -1,13 +1,11 @@
 """Map-style data sets whose items are whole collated batches, built in the worker that is asked for them."""
 
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from data.errors import BadSample, DataError
 from data.image_folder import ImageFolder
@@ -17,7 +15,6 @@ from data.shards.index_store import IndexedSource, IndexStore
 from data.shards.reader import RawSample, ReadLimits, SampleReader
 
 MAX_REPLACEMENTS = 100
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class Views(Protocol):
@@ -117,7 +114,6 @@ class TrainDataset(_ReadingDataset):
         store: Where indexes are found and remote shards fetched.
         limits: Largest members that are read.
         with_places: Whether batches hold position and sample_index.
-        held_batches: Micro-batches that may lie in shared memory at once, to check its size in time.
 
     Raises:
         DataError: If the batch sizes do not fit together.
@@ -135,7 +131,6 @@ class TrainDataset(_ReadingDataset):
         store: IndexStore,
         limits: ReadLimits,
         with_places: bool = False,
-        held_batches: int = 0,
     ) -> None:
         super().__init__(sources, store, limits)
         if micro_batch_size < 1 or order.global_batch_size % (micro_batch_size * world_size):
@@ -152,16 +147,9 @@ class TrainDataset(_ReadingDataset):
         self._first_slot = rank * self.micro_batches_per_step * micro_batch_size
         self._first_samples = np.cumsum([0, *order.num_samples])
         self._with_places = with_places
-        self._held_batches = held_batches
-        self._checked_memory = False
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        try:
-            return self._micro_batch(*item)
-        except DataError as error:
-            return {"error": str(error)}
-
-    def _micro_batch(self, step: int, micro_index: int) -> dict[str, Any]:
+        step, micro_index = item
         start = self._first_slot + micro_index * self._micro_batch_size
         plan = self._order.slots(step, start, start + self._micro_batch_size)
         views: list[Views | None] = [None] * len(plan)
@@ -183,7 +171,6 @@ class TrainDataset(_ReadingDataset):
         if self._with_places:
             batch["position"] = torch.from_numpy(step * self._order.global_batch_size + plan.slot)
             batch["sample_index"] = torch.from_numpy(sample_index)
-        self._check_shared_memory(sum(tensor.nbytes for tensor in batch.values()))
         return {**batch, "bad_samples": bad_samples}
 
     def _sample(
@@ -206,18 +193,6 @@ class TrainDataset(_ReadingDataset):
             f"source {name!r}: {MAX_REPLACEMENTS} samples in a row cannot be used (the last: {last['key']!r} of "
             f"{last['shard']}: {last['reason']}); check the data"
         )
-
-    def _check_shared_memory(self, batch_bytes: int) -> None:
-        # A worker that overruns shared memory dies of a bus error, which tells the user nothing.
-        if self._checked_memory or get_worker_info() is None or not _SHARED_MEMORY.is_dir():
-            return
-        self._checked_memory = True
-        needed, free = batch_bytes * self._held_batches, shutil.disk_usage(_SHARED_MEMORY).free
-        if needed > free:
-            raise DataError(
-                f"{_SHARED_MEMORY} has {free >> 20} MiB free, the loader needs {needed >> 20} MiB for "
-                f"{self._held_batches} micro-batches; give the container more (docker --shm-size) or lower data.workers"
-            )
 
 
 def _view_keys(keys: Sequence[tuple[int | str, ...]], num_views: int) -> np.ndarray:
@@ -252,14 +227,8 @@ class EvalDataset(_ReadingDataset):
         return int(self._ends[-1])
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        try:
-            return self._batch(range(*item))
-        except DataError as error:
-            return {"error": str(error)}
-
-    def _batch(self, samples: range) -> dict[str, Any]:
         images, raws, kept, bad_samples = [], [], [], []
-        for sample in samples:
+        for sample in range(*item):
             try:
                 raw = self._read(sample)
                 images.append(np.asarray(self._transform(raw.image)))

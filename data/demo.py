@@ -15,6 +15,12 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    # Before what takes a second to import.
+    from data.command import leave_on_interrupt, run_command
+
+    leave_on_interrupt()
+
 from filelock import FileLock
 from PIL import Image
 from PIL import __version__ as pillow_version
@@ -230,4 +236,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

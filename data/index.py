@@ -5,8 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before what takes a second to import.
+    from data.command import leave_on_interrupt, run_command
+
+    leave_on_interrupt()
+
 from data.errors import DataError, printable
-from data.shards.index_store import IndexStore, in_threads, sidecar_path
+from data.shards.index_store import IndexStore, empty_warning, in_threads, sidecar_path
 from data.shards.remote import display_name
 from data.shards.shard_index import ShardIndex
 from data.shards.sources import is_remote
@@ -54,20 +60,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Before hours of scanning.
             for folder in {Path(shard).parent for shard in source.shards if Path(shard).is_file()}:
                 try_folder(folder, _ELSEWHERE)
-        samples, excluded = 0, 0
+        samples, excluded, empty = 0, 0, []
         for shard, index in in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
             usable, labels = index.with_captions(), int((~index.captioned).sum())
             only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
             print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
+            if not index.num_samples and not index.excluded:
+                empty.append(shard)
             samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)
             for key, reason in usable.excluded if arguments.excluded else ():
                 print(f"  excluded {printable(key)}: {reason}")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if empty:
+        print(f"warning: {empty_warning(empty)}", file=sys.stderr)
     print(f"total: {len(source.shards)} shards, {samples} samples, {excluded} excluded")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,19 +1,14 @@
 """Loaders: endless micro-batches for training from any step, and one pass over a rank's share for evaluation."""
 
-import atexit
 import copy
-import functools
 import itertools
-import multiprocessing
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from data.dataset import EvalDataset, FolderDataset, TrainDataset, TrainTransform
+from data.delivery import Patience, Pipeline
 from data.errors import DataError
 from data.image_folder import ImageFolder
 from data.order import DEFAULT_SHUFFLE_WINDOW, GlobalOrder, OrderSource
@@ -21,15 +16,9 @@ from data.prefetch import ShardPrefetcher
 from data.shards.index_store import IndexedSource, IndexStore, fingerprint
 from data.shards.reader import ReadLimits
 from data.shards.sources import is_remote
-from data.worker import (
-    initialise_worker,
-    job_signals_blocked,
-    main_module_hidden,
-    raise_open_file_limit,
-    worker_context,
-)
 
-_JOIN_S = 5.0
+# What a loop over an evaluation set holds: the batch it works on, while the next one comes.
+_HELD_IN_LOOP = 2
 
 
 class _StepsFrom:
@@ -45,74 +34,6 @@ class _StepsFrom:
                 yield step, micro_index
 
 
-class _Pipeline:
-    """One pass of a torch DataLoader together with its worker processes."""
-
-    def __init__(
-        self,
-        dataset: TrainDataset | EvalDataset,
-        items: Any,
-        *,
-        transform: object,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool | None,
-    ) -> None:
-        if workers < 0 or prefetch < 1:
-            raise DataError(f"data.workers is {workers} and prefetch {prefetch}; they must be at least 0 and 1")
-        options = {}
-        if workers:
-            raise_open_file_limit()
-            options = {
-                "prefetch_factor": prefetch,
-                "multiprocessing_context": worker_context(),
-                "worker_init_fn": initialise_worker,
-            }
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=items,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-            # Without a generator of its own the loader draws from the global one and shifts the model's numbers.
-            generator=torch.Generator(),
-            **options,
-        )
-        before = set(multiprocessing.active_children())
-        with main_module_hidden(transform), job_signals_blocked():
-            self._iterator: Iterator[dict[str, Any]] | None = iter(loader)
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
-        # multiprocessing waits for its children when the interpreter ends, and ours ignore the SIGTERM it sends them.
-        self._exit_hook = functools.partial(_close_referenced, weakref.ref(self))
-        atexit.register(self._exit_hook)
-
-    def __next__(self) -> dict[str, Any]:
-        if self._iterator is None:
-            raise StopIteration
-        batch = next(self._iterator)
-        if "error" in batch:
-            self.close()
-            raise DataError(batch["error"])
-        return batch
-
-    def close(self) -> None:
-        """Ends the workers, by force where one hangs."""
-        # Dropping the iterator makes torch ask its workers to end.
-        self._iterator = None
-        for process in self._processes:
-            process.join(_JOIN_S)
-            if process.is_alive():
-                process.kill()
-        self._processes = []
-        atexit.unregister(self._exit_hook)
-
-
-def _close_referenced(reference: "weakref.ref[_Pipeline]") -> None:
-    pipeline = reference()
-    if pipeline is not None:
-        pipeline.close()
-
-
 class TrainLoader:
     """Endless iterator over the micro-batches of this rank, in order, from a start step; see `build_train_loader`.
 
@@ -124,7 +45,7 @@ class TrainLoader:
         dataset: TrainDataset,
         order: GlobalOrder,
         sources: Sequence[IndexedSource],
-        pipeline: _Pipeline,
+        pipeline: Pipeline,
         prefetcher: ShardPrefetcher | None,
         start_step: int,
     ) -> None:
@@ -194,6 +115,7 @@ def build_train_loader(
     pin_memory: bool | None = None,
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
+    patience: Patience | None = None,
 ) -> TrainLoader:
     """Builds the training loader of one rank.
 
@@ -215,6 +137,7 @@ def build_train_loader(
         pin_memory: Default: if there is a CUDA device.
         limits: Largest members that are read.
         store: Where indexes are found and remote shards fetched; default: the cache folder of the project.
+        patience: How long a micro-batch is waited for.
 
     Returns:
         A TrainLoader.
@@ -240,19 +163,21 @@ def build_train_loader(
         store=store,
         limits=limits,
         with_places=with_places,
-        held_batches=workers * prefetch,
     )
     prefetcher = None
     if any(is_remote(shard) for source in sources for shard in source.shards):
         upcoming = _UpcomingShards(sources, copy.deepcopy(order), rank, world_size)
         prefetcher = ShardPrefetcher(store.remote, upcoming, start_step)
-    pipeline = _Pipeline(
+    pipeline = Pipeline(
         dataset,
         _StepsFrom(start_step, dataset.micro_batches_per_step),
         transform=sample_transform,
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
+        # Those of a step, until those of the next one are there.
+        held_by_user=2 * dataset.micro_batches_per_step,
+        patience=patience or Patience(),
     )
     return TrainLoader(dataset, order, sources, pipeline, prefetcher, start_step)
 
@@ -285,11 +210,11 @@ class EvalLoader:
         bad_samples: {shard, key, reason} of the samples left out so far.
     """
 
-    def __init__(self, open_pipeline: Callable[[], _Pipeline], num_samples: int) -> None:
+    def __init__(self, open_pipeline: Callable[[], Pipeline], num_samples: int) -> None:
         self.num_samples = num_samples
         self.bad_samples: list[dict[str, str]] = []
         self._open_pipeline = open_pipeline
-        self._pipeline: _Pipeline | None = None
+        self._pipeline: Pipeline | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.close()
@@ -326,6 +251,7 @@ def build_eval_loader(
     pin_memory: bool | None = None,
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
+    patience: Patience | None = None,
 ) -> EvalLoader:
     """Builds a loader that visits every sample exactly once over all ranks, in stored order, without padding.
 
@@ -342,6 +268,7 @@ def build_eval_loader(
         pin_memory: Default: if there is a CUDA device.
         limits: Largest members that are read.
         store: See `build_train_loader`.
+        patience: How long a batch is waited for.
 
     Returns:
         An EvalLoader, to be iterated as often as wanted. Batches are dicts of images uint8 [m, 3, H, W], captions
@@ -358,14 +285,16 @@ def build_eval_loader(
     batches = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     items = batches[rank::world_size]
 
-    def open_pipeline() -> _Pipeline:
-        return _Pipeline(
+    def open_pipeline() -> Pipeline:
+        return Pipeline(
             dataset,
             items,
             transform=eval_transform,
             workers=min(workers, len(items)),
             prefetch=prefetch,
             pin_memory=pin_memory,
+            held_by_user=_HELD_IN_LOOP,
+            patience=patience or Patience(),
         )
 
     return EvalLoader(open_pipeline, total)

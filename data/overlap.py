@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.delivery import Patience
 from data.image_folder import ImageFolder
 from data.images.decode import DEFAULT_MAX_PIXELS, open_image
 from data.loader import build_eval_loader
@@ -51,6 +52,7 @@ def hash_pictures(
     workers: int = 0,
     max_samples: int | None = None,
     max_image_pixels: int = DEFAULT_MAX_PIXELS,
+    patience: Patience | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hashes this rank's share of a set.
 
@@ -70,6 +72,7 @@ def hash_pictures(
         workers=workers,
         max_samples=max_samples,
         pin_memory=False,
+        patience=patience,
     )
     indices, hashes = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
     for batch in loader:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from data.errors import DataError
+from data.errors import DataError, LoaderError
 from data.shards.remote import FetchError, RemoteCache
 
 _FETCHERS = 4
@@ -17,7 +17,8 @@ class ShardPrefetcher:
     """Walks the known order of the shards ahead of training, in background threads.
 
     It stays ahead by at most half of the cache, shared by the ranks of the node (LOCAL_WORLD_SIZE), so that what it
-    fetches is not evicted before it is read. Errors are left to the workers, who meet the same shard later.
+    fetches is not evicted before it is read. A shard that cannot be fetched is left to the workers, who meet it later;
+    what else goes wrong in a thread is raised by `advance`.
 
     Args:
         cache: Where shards go.
@@ -31,19 +32,24 @@ class ShardPrefetcher:
         self._budget = cache.max_bytes // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._current = start_step
         self._closed = False
+        self._failure: BaseException | None = None
         self._moved = threading.Condition()
         self._wanted: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threads = [threading.Thread(target=self._plan, args=(start_step,), daemon=True)]
-        threads += [threading.Thread(target=self._fetch, daemon=True) for _ in range(_FETCHERS)]
-        for thread in threads:
-            thread.start()
+        for work in (lambda: self._plan(start_step), *[self._fetch] * _FETCHERS):
+            threading.Thread(target=self._watched, args=(work,), daemon=True).start()
 
     def advance(self, step: int) -> None:
         """Tells that training has reached a step.
 
         Args:
             step: Not before the last one told.
+
+        Raises:
+            LoaderError: A thread has failed.
         """
+        if self._failure is not None:
+            kind = type(self._failure).__name__
+            raise LoaderError(f"fetching shards ahead failed: {kind}: {self._failure}") from self._failure
         with self._moved:
             self._current = step
             self._moved.notify()
@@ -53,6 +59,13 @@ class ShardPrefetcher:
         with self._moved:
             self._closed = True
             self._moved.notify()
+
+    def _watched(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._failure = error
+            self.close()
 
     def _plan(self, cursor: int) -> None:
         ahead: dict[str, tuple[int, int]] = {}

@@ -2,18 +2,25 @@
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.queues
 import multiprocessing.resource_tracker
 import os
 import resource
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 
 import torch
 
+from data.errors import printable, repeatable
+
 _MAX_OPEN_FILES = 65_536
+# A message of this length is written in one piece, also where several workers write at once.
+_MAX_LAST_WORDS = 1000
 # Schedulers send these, and a terminal SIGINT, to every process of a job. The main process decides what happens;
 # workers live on so that it can finish its step, and are closed or killed by it.
 _JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -81,16 +88,44 @@ def job_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
-def initialise_worker(worker_id: int) -> None:
+def initialise_worker(last_words: Connection, worker_id: int) -> None:
     """Sets up a loader worker.
 
     Args:
+        last_words: Where the worker says why it ends.
         worker_id: Not used; the loader passes it.
     """
     torch.set_num_threads(1)
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    _end_with_any_thread(last_words)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_any_thread(last_words: Connection) -> None:
+    """Ends this worker when any of its threads fails.
+
+    By default a thread prints its error and is gone, and the worker lives on without it: a batch that the thread of a
+    queue cannot send is dropped, and the loader waits for it for ever.
+    """
+
+    def leave(error: BaseException) -> None:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            last_words.send_bytes(printable(repeatable(text), _MAX_LAST_WORDS).encode("utf-8", "replace"))
+        sys.stderr.flush()
+        os._exit(1)
+
+    def thread_failed(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not SystemExit:
+            leave(failed.exc_value or failed.exc_type())
+
+    threading.excepthook = thread_failed
+    # The thread that hands out file descriptors catches its errors and shows them to this one.
+    sys.excepthook = lambda kind, error, trace: leave(error)
+    # The hook of the threads behind queues, which catch theirs too; nothing public replaces it.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, item: leave(error))
 
 
 def _end_with_parent() -> None:

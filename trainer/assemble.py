@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from data.order import GlobalOrder
 from data.shards.index_store import describe_sources
 from data.sources import continue_sources
 from data.writing import os_reason
@@ -142,6 +143,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         return MetricsWriter(run_dir, config.logging, step) if place.is_main else None
 
     data = together(lambda: open_data(start_step, offset))
+    _check_batch(console, data.loader.order)
     state = TrainerState(
         start_step,
         dump_config(config),
@@ -251,6 +253,18 @@ def _check_queue(config: RunConfig, sources: list) -> None:
             f"method.nns_queue_size {size} holds whole epochs of {samples} samples: a caption's nearest neighbour "
             "will often be itself; use a smaller queue"
         )
+
+
+def _check_batch(console: Console, order: GlobalOrder) -> None:
+    """Warn where a global batch is larger than what it is drawn from."""
+    for name, weight, num_samples in zip(order.sources, order.weights, order.num_samples, strict=True):
+        share = float(weight * order.global_batch_size)
+        if share > num_samples:
+            console.warn(
+                f"data source '{name}' has {num_samples} samples and each global batch draws {share:.0f} from it: "
+                "samples stand several times in a batch, as negatives of themselves; lower train.global_batch_size "
+                "or the weight of the source, or give it more samples"
+            )
 
 
 def _continue_from(

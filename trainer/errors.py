@@ -8,10 +8,14 @@ class ConfigError(ValueError):
 
     The message is a single line that says what was given, what was expected and how to fix it. The entry point
     prints it without a traceback and exits with code 2.
+
+    Args:
+        message: Made one line.
+        max_chars: Its longest length; only a list of many files needs more than the default.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, message: str, max_chars: int = 1500) -> None:
+        super().__init__(printable(message, max_chars))
 
 
 class SaveError(ConfigError):

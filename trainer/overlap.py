@@ -81,7 +81,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.evaluation.results import write_json
     from trainer.evaluation.zero_shot import zero_shot_ranks
     from trainer.metrics import Console
-    from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.pipeline import index_sources, index_store, patience, resolve_workers
     from trainer.ranks.agreement import on_main, together
     from trainer.trained import TrainedModel, load_trained, run_config
 
@@ -102,10 +102,12 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
 
     def all_hashes(samples: Any, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         options = {"rank": place.rank, "world_size": place.world_size, "workers": workers, "max_samples": limit}
+        options["patience"] = patience(config)
         found = together(lambda: hash_pictures(samples, store, **options))
         parts: list[Any] = [None] * place.world_size
         dist.all_gather_object(parts, found)
         indices, hashes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        _warn_of_unreadable(console, samples, limit, len(indices))
         order = np.argsort(indices)
         return indices[order], hashes[order]
 
@@ -133,6 +135,14 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
             write_json(path, {"train_samples": len(train_hashes), "sets": records})
         console.table(table)
         console.line(f"figures and the keys of near-duplicates in {path}")
+
+
+def _warn_of_unreadable(console: Any, samples: Any, limit: int | None, hashed: int) -> None:
+    parts = samples if isinstance(samples, list) else [samples]
+    total = sum(part.num_samples for part in parts)
+    total = min(total, limit or total)
+    if hashed < total:
+        console.warn(f"{total - hashed} of {total} pictures cannot be read and are not compared")
 
 
 def main(argv: list[str]) -> None:

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
+from data.delivery import Patience
 from data.errors import DataError
 from data.images.augment import AUGMENTATIONS, ImageAugmentation
 from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform, SampleViews
 from data.shards.cache import cache_dir
-from data.shards.index_store import IndexedSource, IndexStore, index_shards, load_sources
+from data.shards.index_store import (
+    IndexedSource,
+    IndexStore,
+    bad_shards_error,
+    empty_warning,
+    index_shards,
+    load_sources,
+)
 from data.sources import parse_sources
 from models.hf_backbone import BUILTIN_PREFIX
 from models.registry import HF_PREFIX
@@ -24,9 +33,10 @@ from trainer.config.ds_config import BatchPlan
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
 from trainer.methods.base import Method
-from trainer.metrics import BAD_SAMPLES, writable
+from trainer.metrics import BAD_SAMPLES, Console, writable
 from trainer.ranks.agreement import together
 from trainer.ranks.launch import Place
+from trainer.ranks.signals import told_to_stop
 
 _DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8
@@ -166,6 +176,7 @@ class TrainData:
             workers=resolve_workers(config, place),
             prefetch=config.data.prefetch,
             pin_memory=device.type == "cuda",
+            patience=patience(config),
         )
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:
@@ -204,26 +215,41 @@ class TrainData:
 def index_sources(config: RunConfig, place: Place) -> list[IndexedSource]:
     """Index the training shards, the work spread over the ranks. Collective.
 
+    Empty shards are left out with a warning.
+
     Raises:
-        ConfigError: A shard is missing, damaged or without usable samples, or more samples than
-            `data.max_bad_fraction` lack an image or a caption.
+        ConfigError, DataError: Shards are missing, damaged or without usable samples (all are named), or more samples
+            than `data.max_bad_fraction` lack an image or a caption.
     """
     cache, store = together(lambda: (project_cache(config), index_store(config)))
     # Rank 0 renders or lists first, so that the others find it done.
     together(lambda: parse_sources(config.data.train, cache) if place.is_main else None)
     parsed = together(lambda: parse_sources(config.data.train, cache))
     shards = [shard for source in parsed for shard in source.shards]
-    together(lambda: index_shards(shards, place.rank, place.world_size, store=store))
+    found = together(lambda: index_shards(shards, place.rank, place.world_size, store=store))
+    problems: list[dict[str, str]] = [{}] * place.world_size
+    dist.all_gather_object(problems, found)
+    merged = {shard: problem for part in problems for shard, problem in part.items()}
+    if merged:
+        raise bad_shards_error({shard: merged[shard] for shard in shards if shard in merged}, len(shards))
     sources = together(lambda: load_sources(parsed, store))
     for source in sources:
+        if source.empty:
+            Console(place.is_main).warn(f"data source '{source.name}': {empty_warning(source.empty)}")
         total = source.num_samples + source.num_excluded
         if source.num_excluded > config.data.max_bad_fraction * total:
             raise ConfigError(
                 f"data source '{source.name}': {source.num_excluded} of {total} samples lack an image or a caption, "
                 f"more than data.max_bad_fraction {config.data.max_bad_fraction}; list them with "
-                "`python -m data.index --excluded SHARDS`, repair the shards or raise the limit"
+                "`python -m data.index --excluded SHARDS` (a key ends at the first dot of a name), repair the shards "
+                "or raise the limit"
             )
     return sources
+
+
+def patience(config: RunConfig) -> Patience:
+    """How long this run waits for a batch."""
+    return Patience(config.train.timeout_minutes, told_to_stop)
 
 
 def resolve_workers(config: RunConfig, place: Place) -> int:

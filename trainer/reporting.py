@@ -16,6 +16,8 @@ from trainer.errors import ConfigError
 from trainer.guard import BadStep
 from trainer.state import Run
 
+# A share is judged over so many samples at least, or over the whole set where it is smaller.
+_JUDGED_OVER = 1000
 # The logged data_hash is a sum of sample fingerprints modulo this: the same number at any world size, and 2^15 ranks
 # fit into an int64.
 _HASH_MODULUS = 1 << 48
@@ -136,10 +138,21 @@ def _report_bad_samples(run: Run, count: int) -> None:
     run.window.bad = []
     # Replacements that cannot be read either count too, so more than one may stand for a sample trained on.
     tried = run.state.step * run.plan.global_batch_size + run.state.bad_samples
-    fraction = run.state.bad_samples / tried
-    if fraction > run.config.data.max_bad_fraction:
+    allowed = allowed_bad_samples(run.config.data.max_bad_fraction, tried, sum(run.data.loader.order.num_samples))
+    if run.state.bad_samples > allowed:
         raise ConfigError(
-            f"{run.state.bad_samples} of {tried} samples ({fraction:.1%}) could not be read, more than "
-            f"data.max_bad_fraction {run.config.data.max_bad_fraction}; e.g. {first['shard']} sample '{first['key']}': "
-            f"{first['reason']}; see bad_samples.jsonl, repair the shards or raise the limit"
+            f"{run.state.bad_samples} of {tried} samples could not be read, more than the {allowed:g} that "
+            f"data.max_bad_fraction {run.config.data.max_bad_fraction} allows so far; e.g. {first['shard']} sample "
+            f"'{first['key']}': {first['reason']}; see bad_samples.jsonl, repair the shards or raise the limit"
         )
+
+
+def allowed_bad_samples(fraction: float, tried: int, set_size: int) -> float:
+    """How many samples may be bad once so many were tried.
+
+    Args:
+        fraction: `data.max_bad_fraction`.
+        tried: Samples read so far, the bad ones included.
+        set_size: Samples of the training set: what a share of few is, a share of all of them need not be.
+    """
+    return fraction * max(tried, min(set_size, _JUDGED_OVER))

@@ -89,10 +89,12 @@ def chunks(store: "RowStore") -> Iterator["torch.Tensor"]:
 
 def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     """Encode, reduce, write. Collective."""
+    import torch
     import torch.distributed as dist
 
     from data.captions.hf_tokenizer import HfTokenizer
     from data.loader import build_eval_loader
+    from losses.distributed import all_reduce_sum_
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
@@ -101,7 +103,7 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.errors import ConfigError
     from trainer.loading import load_config
     from trainer.metrics import Console
-    from trainer.pipeline import index_sources, index_store, resolve_workers
+    from trainer.pipeline import index_sources, index_store, patience, resolve_workers
     from trainer.ranks.agreement import on_main, together
 
     config = load_config(arguments.recipe, {} if arguments.data is None else {"data.train": arguments.data})
@@ -142,11 +144,15 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
         world_size=place.world_size,
         batch_size=arguments.batch_size,
         workers=resolve_workers(config, place),
+        patience=patience(config),
     )
     share = (-(-count // arguments.batch_size) // place.world_size + 1) * arguments.batch_size
     store = RowStore(share, tower.width, int(arguments.memory_gib * 2**30))
     console.line(f"encoding {count} captions with {arguments.model}")
     places = together(lambda: encode_captions(loader, tokenizer, tower, device, store))
+    unreadable = count - int(all_reduce_sum_(torch.tensor(len(places))))
+    if unreadable:
+        console.warn(f"{unreadable} of {count} captions cannot be read and have rows of zeros")
     mean, axes = principal_components(store, arguments.dim)
     written = np.load(arguments.out, mmap_mode="r+")
     for start, rows in zip(range(0, len(store), _CHUNK_ROWS), chunks(store), strict=True):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from data.errors import BadSample, DataError
+from data.errors import BadSample, DataError, repeatable
 from data.images.image_file import read_image_file
 
 __all__ = ["DEFAULT_MAX_PIXELS", "EncodedImage", "check_max_pixels", "open_image", "shrink_factor"]
@@ -115,4 +115,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(what: str, error: Exception) -> str:
-    return f"{what}: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return repeatable(f"{what}: {type(error).__name__}: {error}".splitlines()[0])[:200]

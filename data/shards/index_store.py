@@ -8,7 +8,7 @@ keeps only the sample counts in memory and loads the rest shard by shard when ne
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +31,10 @@ _THREADS = 8
 _SCANS = 3
 # Opening fewer indexes than this one by one takes less than a second.
 _SUMMARY_FROM = 512
+# How many bad shards are named, and how much of what is wrong with each.
+_NAMED_SHARDS = 20
+_MAX_LISTED_CHARS = 200
+_MAX_LIST_CHARS = 8000
 _Result = TypeVar("_Result")
 _Found = TypeVar("_Found", ShardIndex, ShardMeta)
 
@@ -48,6 +52,7 @@ class IndexedSource:
         num_excluded: Samples that lack what is needed, over all shards.
         captions: Whether every sample needs a caption (training); else a class label will do.
         num_uncaptioned: Samples among the usable ones that have a label only.
+        empty: Shards of no samples at all, which are left out of `shards`.
     """
 
     name: str
@@ -58,6 +63,7 @@ class IndexedSource:
     num_excluded: int = 0
     captions: bool = True
     num_uncaptioned: int = 0
+    empty: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -125,7 +131,7 @@ class IndexStore:
             rebuild: Scan even if there is an index.
 
         Raises:
-            DataError: If the shard is missing, unreadable, damaged or without usable samples.
+            DataError: If the shard is missing, unreadable, damaged or without usable samples among its members.
         """
         found = None if rebuild else self._find(shard, ShardIndex.load)
         if found is not None:
@@ -232,7 +238,19 @@ def scan_shard(shard: str) -> ShardIndex:
 
 
 def in_threads(work: Callable[[str], _Result], shards: Sequence[str]) -> list[_Result]:
-    """Maps over shards in threads; one error names the first bad shard and counts the others."""
+    """Maps over shards in threads.
+
+    Raises:
+        DataError: Names all bad shards, after all were tried; see `bad_shards_error`.
+    """
+    results, problems = _try_each(work, shards)
+    if problems:
+        raise bad_shards_error(problems, len(shards))
+    return results
+
+
+def _try_each(work: Callable[[str], _Result], shards: Sequence[str]) -> tuple[list[_Result], dict[str, str]]:
+    """Returns the results of the good shards, and what is wrong with the others."""
 
     def attempt(shard: str) -> _Result | DataError:
         try:
@@ -240,13 +258,35 @@ def in_threads(work: Callable[[str], _Result], shards: Sequence[str]) -> list[_R
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
         results = list(pool.map(attempt, shards))
-    errors = [result for result in results if isinstance(result, DataError)]
-    if errors:
-        more = f" (and {len(errors) - 1} more shards with errors)" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0]}{more}")
-    return results
+    finally:
+        # An interrupt must not wait for the shards that are still to come.
+        pool.shutdown(wait=False, cancel_futures=True)
+    problems = {
+        shard: str(result) for shard, result in zip(shards, results, strict=True) if isinstance(result, DataError)
+    }
+    return [result for result in results if not isinstance(result, DataError)], problems
+
+
+def bad_shards_error(problems: Mapping[str, str], total: int) -> DataError:
+    """One error for all shards that cannot be used.
+
+    Args:
+        problems: Shard -> what is wrong with it, at least one.
+        total: How many shards there are.
+    """
+    if len(problems) == 1:
+        return DataError(next(iter(problems.values())))
+    named: dict[str, list[str]] = {}
+    for shard, problem in list(problems.items())[:_NAMED_SHARDS]:
+        name = display_name(shard)
+        named.setdefault(problem.removeprefix(f"{name}: ")[:_MAX_LISTED_CHARS], []).append(name[-_MAX_LISTED_CHARS:])
+    listed = "; ".join(f"{', '.join(names)}: {problem}" for problem, names in named.items())
+    more = len(problems) - _NAMED_SHARDS
+    rest = f"; and {more} more" if more > 0 else ""
+    return DataError(f"{len(problems)} of {total} shards cannot be used: {listed}{rest}", _MAX_LIST_CHARS)
 
 
 def index_shards(
@@ -256,7 +296,7 @@ def index_shards(
     *,
     store: IndexStore | None = None,
     progress: Callable[[], None] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Makes the missing indexes of this rank's share of the shards.
 
     There is no communication in here: ranks take shards rank::world_size, and a barrier after it lets every rank read
@@ -269,8 +309,8 @@ def index_shards(
         store: Where indexes are kept; default: the cache folder of the project.
         progress: Called after each shard, from several threads.
 
-    Raises:
-        DataError: For the first shard that cannot be used, after all were tried.
+    Returns:
+        Shard -> what is wrong with it, for those of the share that cannot be used; see `bad_shards_error`.
     """
     store = store or IndexStore.create()
 
@@ -279,7 +319,7 @@ def index_shards(
         if progress is not None:
             progress()
 
-    in_threads(work, shards[rank::world_size])
+    return _try_each(work, shards[rank::world_size])[1]
 
 
 def load_sources(
@@ -293,28 +333,53 @@ def load_sources(
         captions: False also takes samples that have a class label but no caption, for evaluation.
 
     Raises:
-        DataError: For the first shard that cannot be used.
+        DataError: Names all shards that cannot be used; or a source has no samples.
     """
     store = store or IndexStore.create()
     return [_load_source(source, store, captions) for source in sources]
 
 
 def _load_source(source: Source, store: IndexStore, captions: bool) -> IndexedSource:
-    counts, sizes, excluded, captioned = _load_totals(source.shards, store).T
+    totals = _load_totals(source.shards, store)
+    shards, empty = _part_empty(source, totals)
+    counts, sizes, excluded, captioned = totals[totals[:, 0] > 0].T
     if captions and not captioned.all():
-        shard = source.shards[int(np.argmin(captioned))]
+        shard = shards[int(np.argmin(captioned))]
         raise DataError(f"{display_name(shard)}: no sample has a caption, only class labels; training needs KEY.txt")
     uncaptioned = int((counts - captioned).sum())
     return IndexedSource(
         name=source.name,
-        shards=source.shards,
+        shards=shards,
         weight=source.weight,
         counts=captioned if captions else counts,
         sizes=sizes,
         num_excluded=int(excluded.sum()) + (uncaptioned if captions else 0),
         captions=captions,
         num_uncaptioned=0 if captions else uncaptioned,
+        empty=empty,
     )
+
+
+def _part_empty(source: Source, totals: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the shards with samples and those without."""
+    has_samples = (totals[:, 0] > 0).tolist()
+    shards, empty = (
+        tuple(shard for shard, there in zip(source.shards, has_samples, strict=True) if there == wanted)
+        for wanted in (True, False)
+    )
+    if not shards:
+        raise DataError(
+            f"data source {source.name!r}: all of its {len(empty)} shards are empty archives, the first is "
+            f"{display_name(empty[0])}; write them again"
+        )
+    return shards, empty
+
+
+def empty_warning(shards: Sequence[str]) -> str:
+    """What to say about empty shards, at least one."""
+    more = f" and {len(shards) - _NAMED_SHARDS} more" if len(shards) > _NAMED_SHARDS else ""
+    names = ", ".join(display_name(shard)[-_MAX_LISTED_CHARS:] for shard in shards[:_NAMED_SHARDS])
+    return f"{len(shards)} shard(s) are archives without a single member and are left out: {names}{more}"
 
 
 def _load_totals(shards: Sequence[str], store: IndexStore) -> np.ndarray:

@@ -325,7 +325,7 @@ def _copy(source: BinaryIO, target: Path, limit: int, name: str, timeout_s: floa
             now = time.monotonic()
             if timeout_s is not None and now - since > timeout_s:
                 if written - at_since < timeout_s * _MIN_BYTES_PER_S:
-                    raise FetchError(f"{name}: {written - at_since} bytes in {now - since:.0f} s")
+                    raise FetchError(f"{name}: less than {_MIN_BYTES_PER_S} bytes a second")
                 since, at_since = now, written
     return written
 

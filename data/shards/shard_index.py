@@ -28,11 +28,15 @@ _ARRAYS = {
     "excluded": "|u1",
 }
 _NO_CAPTION = "no caption"
+# An archive of nothing is two blocks, padded by some writers; zeros beyond are a file that was never filled.
+_MAX_EMPTY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """Samples of one shard, in the order of their first member: an image, and a caption or a class label.
+
+    An archive without any member has none, and is no error: writers leave such shards where every download failed.
 
     Args:
         file_size: Bytes of the shard.
@@ -157,7 +161,7 @@ def _checked_meta(values: np.ndarray) -> ShardMeta:
         raise ValueError("another format version")
     meta = ShardMeta(*(int(value) for value in values[1:]))
     # An image takes two blocks at least, any other member one.
-    fits = 0 < meta.num_samples <= meta.file_size // (2 * BLOCK) and 0 <= meta.num_captioned <= meta.num_samples
+    fits = 0 <= meta.num_samples <= meta.file_size // (2 * BLOCK) and 0 <= meta.num_captioned <= meta.num_samples
     if not fits or not 0 <= meta.num_excluded <= meta.file_size // BLOCK:
         raise ValueError("more samples than its shard has room for")
     return meta
@@ -171,7 +175,8 @@ def _check_arrays(index: ShardIndex, meta: ShardMeta) -> None:
         raise ValueError("its arrays do not fit together")
     if index.key_ends.shape != shape[:1] or index.key_bytes.ndim != 1 or len(index.excluded) != meta.num_excluded:
         raise ValueError("its arrays do not fit together")
-    if (np.diff(index.key_ends, prepend=0) < 0).any() or index.key_ends[-1] != len(index.key_bytes):
+    last_end = index.key_ends[-1] if len(index.key_ends) else 0
+    if (np.diff(index.key_ends, prepend=0) < 0).any() or last_end != len(index.key_bytes):
         raise ValueError("its keys overlap")
     present = index.offset_blocks > 0
     texts = present[:, CAPTION] | present[:, JSON]
@@ -199,15 +204,22 @@ def split_member_name(name: str) -> tuple[str, str] | None:
 
 
 class _Collector:
-    """Groups the members of one shard by key."""
+    """Groups the members of one shard by key.
+
+    Attributes:
+        dotted: Names of images by key, for those with a dot before their extension: "a.b.jpg" belongs to "a".
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, list[TarMember | None]] = {}
+        self.dotted: dict[str, list[str]] = {}
+        self.num_members = 0
         self.links: set[str] = set()
         self.extensions: set[str] = set()
         self.last_key: str | None = None
 
     def add(self, member: TarMember) -> None:
+        self.num_members += 1
         parts = split_member_name(member.name)
         if parts is None:
             return
@@ -217,6 +229,8 @@ class _Collector:
         self.extensions.add(extension)
         role = _ROLE_OF_EXTENSION.get(extension)
         if role is None:
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                self.dotted.setdefault(key, []).append(member.name)
             return
         if member.is_link:
             self.links.add(key)
@@ -236,6 +250,14 @@ class _Collector:
         if image is None:
             return "its image is a link" if key in self.links else "no image"
         return "the image is empty" if image.size == 0 else None
+
+    def excluded(self, key: str, reason: str) -> list[tuple[str, str]]:
+        """Entries for a sample that is left out: one for each picture, where dots in names made them one sample."""
+        images = self.dotted.get(key)
+        if images is None or self.rows[key][IMAGE] is not None:
+            return [(key, reason)]
+        rule = f"no image: a key ends at the first dot, so this name has the key {printable(key, 60)!r}"
+        return [(name, rule) for name in images]
 
     def lacks_caption(self, key: str, stream: BinaryIO) -> str | None:
         """Says why a sample has no caption, or None if it has one."""
@@ -271,8 +293,11 @@ def scan_stream(stream: BinaryIO, file_size: int, *, name: str, mtime_ns: int = 
         name: Name of the shard for messages.
         mtime_ns: Modification time to record.
 
+    Returns:
+        Its index; of no samples if the archive has no members at all.
+
     Raises:
-        DataError: If the archive is damaged, has duplicate keys or no usable sample.
+        DataError: If the archive is damaged, has duplicate keys, or members of which none is a usable sample.
     """
     collector = _Collector()
     try:
@@ -281,7 +306,9 @@ def scan_stream(stream: BinaryIO, file_size: int, *, name: str, mtime_ns: int = 
     except TarError as error:
         last = f"; the last good key is {collector.last_key!r}" if collector.last_key is not None else ""
         raise DataError(f"{name}: found {error.reason}{last}; write or download the shard again") from None
-    if not collector.rows:
+    if not collector.num_members and file_size > _MAX_EMPTY_BYTES:
+        raise DataError(f"{name}: {file_size} bytes without a single member; write or download the shard again")
+    if collector.num_members and not collector.rows:
         raise DataError(f"{name}: an archive without samples; expected members KEY.jpg and KEY.txt")
     kept, captioned, excluded = [], [], []
     for key in collector.rows:
@@ -291,14 +318,27 @@ def scan_stream(stream: BinaryIO, file_size: int, *, name: str, mtime_ns: int = 
             kept.append(key)
             captioned.append(without_caption is None)
         else:
-            excluded.append((key, without_caption))
-    if not kept:
+            excluded.extend(collector.excluded(key, without_caption))
+    if excluded and not kept:
         found = ", ".join(printable(name[:16]) for name in sorted(collector.extensions)[:8])
         raise DataError(
             f"{name}: none of its {len(excluded)} samples has an image and a caption (the first: {excluded[0][1]}; "
             f"extensions found: {found}); expected KEY.{'|'.join(IMAGE_EXTENSIONS)} and KEY.txt"
+            f"{_dot_rule(collector)}"
         )
     return _pack(collector.rows, kept, captioned, excluded, file_size=file_size, mtime_ns=mtime_ns, name=name)
+
+
+def _dot_rule(collector: _Collector) -> str:
+    """What to say where names have dots before their extension."""
+    first = next((images[0] for images in collector.dotted.values()), None)
+    if first is None:
+        return ", where KEY has no dot"
+    key, extension = split_member_name(first)
+    return (
+        f"; a key ends at the first dot of a name, so {printable(first, 60)!r} has the key {printable(key, 60)!r} and "
+        f"the extension {printable(extension, 60)!r}: write the shards with keys that have no dot"
+    )
 
 
 def _pack(
@@ -319,11 +359,16 @@ def _pack(
     return ShardIndex(
         file_size=file_size,
         mtime_ns=mtime_ns,
-        offset_blocks=np.array([[m.offset // BLOCK if m else 0 for m in row] for row in members], dtype=np.uint32),
+        offset_blocks=_table([[m.offset // BLOCK if m else 0 for m in row] for row in members]),
         # Members of 4 GiB and more are refused when read, whatever their exact size.
-        sizes=np.array([[min(m.size, limit) if m else 0 for m in row] for row in members], dtype=np.uint32),
+        sizes=_table([[min(m.size, limit) if m else 0 for m in row] for row in members]),
         captioned=np.array(captioned, dtype=bool),
         key_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
         excluded=tuple(excluded),
     )
+
+
+def _table(rows: list[list[int]]) -> np.ndarray:
+    # The shape is that of no rows too.
+    return np.array(rows, dtype=np.uint32).reshape(-1, len(ROLES))

@@ -18,6 +18,7 @@ def refused(arguments, cache, world_size=1):
     finished = Launched([str(word) for word in arguments], world_size, cache).wait(timeout_s=120)
     assert 2 in finished.codes, finished.output
     assert "Traceback" not in finished.output
+    assert "leaked" not in finished.output
     lines = [line for line in finished.output.splitlines() if "error: " in line]
     assert lines, finished.output
     assert len({line.split("error: ")[1] for line in lines}) == 1, finished.output
@@ -56,23 +57,26 @@ def test_settings(arguments, expected, recipe, cache, tmp_path):
     assert expected in refused([*base, "--run_dir", tmp_path / "run", *arguments], cache)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "expected"),
-    [
-        (lambda first: first.unlink(), "No such file"),
-        (lambda first: first.write_bytes(b""), "empty"),
-        (lambda first: first.write_bytes(first.read_bytes()[:20000]), "truncated"),
-        (lambda first: first.write_bytes(b"<html>not a tar</html>" * 100), "not a tar"),
-    ],
-    ids=["missing", "empty", "truncated", "garbage"],
-)
-def test_shards(spoil, expected, cache, tmp_path):
-    pattern = write_shards(tmp_path / "shards")
-    spoil(tmp_path / "shards" / "00000.tar")
+def test_shards(cache, tmp_path):
+    pattern = write_shards(tmp_path / "shards", shards=6)
+    missing, empty, cut, garbage, nothing, _ = sorted((tmp_path / "shards").glob("*.tar"))
+    missing.unlink()
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:20000])
+    garbage.write_bytes(b"<html>not a tar</html>" * 100)
+    # Of no samples, but whole: no fault.
+    nothing.write_bytes(bytes(10240))
     recipe = write_recipe(tmp_path / "tiny.yaml", pattern)
     message = refused(["--recipe", recipe, "--run_dir", tmp_path / "run"], cache, world_size=2)
-    assert "00000.tar" in message
-    assert expected in message
+    assert message.startswith("4 of 6 shards cannot be used: ")
+    for path, expected in (
+        (missing, "No such file"),
+        (empty, "found an empty file"),
+        (cut, "found the end of the file inside"),
+        (garbage, "found not a tar"),
+    ):
+        assert f"{path}: {expected}" in message
+    assert str(nothing) not in message
 
 
 def test_pictures_that_are_none(cache, tmp_path):

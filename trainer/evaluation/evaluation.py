@@ -13,6 +13,7 @@ from data.captions.tokenizer import CaptionTokenizer
 from data.image_folder import ImageFolder
 from data.loader import build_eval_loader
 from data.sample import EvalTransform
+from data.shards.index_store import empty_warning
 from data.shards.remote import display_name
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
@@ -24,7 +25,8 @@ from trainer.evaluation.retrieval import retrieval_figures
 from trainer.evaluation.sets import EvalData, Samples, open_eval_set
 from trainer.evaluation.similarity import pooled
 from trainer.evaluation.zero_shot import class_embeddings, classification_figures, zero_shot_ranks
-from trainer.pipeline import index_store, project_cache, resolve_workers
+from trainer.metrics import Console
+from trainer.pipeline import index_store, patience, project_cache, resolve_workers
 from trainer.ranks.launch import Place
 
 
@@ -69,6 +71,8 @@ class Evaluation:
         self._store = index_store(config)
         cache = project_cache(config)
         self.sets = [open_eval_set(name, entry, cache, self._store) for name, entry in config.eval.sets.items()]
+        for data in self.sets:
+            _warn_of_empty_shards(data, place)
 
     def run(self, encoder: Encoder) -> Iterator[SetResult]:
         """Evaluate every set. Collective."""
@@ -93,16 +97,21 @@ class Evaluation:
             batch_size=batch_size,
             max_samples=data.max_samples,
             workers=resolve_workers(self._config, self._place),
+            patience=patience(self._config),
         )
         total = data.num_samples(samples)
         records: dict[int, tuple[list[str], dict]] = {}
         rounds = -(-total // (batch_size * world_size))
         images = encode_images(encoder, _note_records(loader, records, data.probe_group), total, rounds, image_size)
-        merged = self._merge_records(records)
+        merged, bad = self._merge_records(records, loader.bad_samples)
         # Samples that could not be read have no record and leave the set.
         kept = sorted(merged)
         if not kept:
             raise ConfigError(f"eval set '{data.name}': none of its {total} samples can be read; check the data")
+        if len(kept) < total:
+            example = f", e.g. {bad['shard']} sample '{bad['key']}': {bad['reason']}" if bad else ""
+            count = f"{total - len(kept)} of {total} samples cannot be read and are left out"
+            Console(self._place.is_main).warn(f"eval set '{data.name}': {count}{example}")
         captions, metadata = zip(*(merged[index] for index in kept), strict=True)
         images = images[torch.tensor(kept, device=images.device)]
         return Embedded(samples, images, kept, list(captions), list(metadata), total - len(kept))
@@ -155,11 +164,21 @@ class Evaluation:
             )
         return probe_table(test.images, groups, classes, categories)
 
-    def _merge_records(self, records: dict[int, tuple[list[str], dict]]) -> dict[int, tuple[list[str], dict]]:
-        """Captions and metadata of the whole set on every rank. Collective."""
+    def _merge_records(
+        self, records: dict[int, tuple[list[str], dict]], bad_samples: list[dict[str, str]]
+    ) -> tuple[dict[int, tuple[list[str], dict]], dict[str, str] | None]:
+        """Captions and metadata of the whole set on every rank, and one sample that cannot be read. Collective."""
         parts: list = [None] * self._place.world_size
-        dist.all_gather_object(parts, records)
-        return {index: record for part in parts for index, record in part.items()}
+        dist.all_gather_object(parts, (records, bad_samples[:1]))
+        merged = {index: record for found, _ in parts for index, record in found.items()}
+        return merged, next((entry for _, examples in parts for entry in examples), None)
+
+
+def _warn_of_empty_shards(data: EvalData, place: Place) -> None:
+    for samples in (data.test, data.train):
+        empty = [] if isinstance(samples, ImageFolder) else [shard for part in samples or () for shard in part.empty]
+        if empty:
+            Console(place.is_main).warn(f"eval set '{data.name}': {empty_warning(empty)}")
 
 
 def labels_of(embedded: Embedded, data: EvalData) -> Tensor:

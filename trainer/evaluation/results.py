@@ -65,6 +65,8 @@ class SetResult:
         shots = [name for name in figures if name.startswith("few_shot_acc1@")]
         if shots:
             parts.append("few-shot top-1 " + " ".join(f"{name[14:]}: {figures[name]:.1%}" for name in shots))
+        if self.unreadable:
+            parts.append(f"{self.unreadable} of {self.samples + self.unreadable} samples unreadable")
         return "; ".join(parts)
 
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from data.errors import DataError
+from data.errors import DataError, LoaderError
 from data.writing import refusal
 from trainer.errors import ConfigError
 
@@ -23,21 +23,24 @@ def together(action: Callable[[], _T]) -> _T:
 
     Raises:
         ConfigError: The message of the lowest rank that failed.
+        LoaderError: The same, where that rank's loader could not go on.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
-    except (ConfigError, DataError) as error:
-        message = str(error)
+    except (ConfigError, DataError, LoaderError) as error:
+        failure = isinstance(error, LoaderError), str(error)
     except (OSError, RuntimeError) as error:
-        message = refusal(error)
-        if message is None:
+        said = refusal(error)
+        if said is None:
             raise
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for text in messages:
-        if text is not None:
-            raise ConfigError(text)
+        failure = False, said
+    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            of_loader, text = found
+            raise LoaderError(text) if of_loader else ConfigError(text, max_chars=len(text))
     return result
 
 

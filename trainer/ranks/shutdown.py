@@ -2,23 +2,23 @@
 
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
-from data.errors import DataError
+from data.errors import DataError, LoaderError
 from data.writing import refusal
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
 from trainer.ranks.output import Output
 
 USER_ERROR = 2
+INTERRUPTED = 130
 # Time for rank 0 to print a mistake that every rank found by itself, before another rank's exit ends the job.
 _GRACE_SECONDS = 1.0
 _LOST_CONTACT_SECONDS = 5.0
-_QUEUE_SECONDS = 2.0
 _LOST_CONTACT = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -64,8 +64,10 @@ def reported_errors(place: Place) -> Iterator[None]:
         _output.discard()
     except (ConfigError, DataError) as error:
         _leave(place, f"error: {error}", USER_ERROR)
+    except LoaderError as error:
+        _leave(place, f"error: {error}", 1)
     except KeyboardInterrupt:
-        _leave(place, "interrupted", 130)
+        _leave(place, "interrupted", INTERRUPTED)
     except Exception as error:
         said = refusal(error)
         if said is not None:
@@ -78,13 +80,28 @@ def reported_errors(place: Place) -> Iterator[None]:
 
 
 def _leave(place: Place, message: str, code: int) -> None:
+    # First, as a launcher may kill this rank while it lets rank 0 speak.
+    _abandon_loaders()
     if not place.is_main:
         time.sleep(_GRACE_SECONDS)
     last_words(place, message, code)
     sys.stdout.flush()
     for tell in _heralds:
         tell(message, code)
+    exit_now(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Leave without the orderly end of the interpreter, from any thread; loaders leave nothing behind."""
+    _abandon_loaders()
     os._exit(code)
+
+
+def _abandon_loaders() -> None:
+    # Only where there can be some, as importing it takes seconds.
+    delivery = sys.modules.get("data.delivery")
+    if delivery is not None:
+        delivery.abandon_all()
 
 
 def _is_lost_contact(error: Exception) -> bool:
@@ -96,6 +113,12 @@ def plain_errors() -> Iterator[None]:
     """`reported_errors` for a process that has no ranks: one line and exit code 2 for what the user can mend."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except LoaderError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except (ConfigError, DataError, OSError, RuntimeError) as error:
         said = str(error) if isinstance(error, ConfigError | DataError) else refusal(error)
         if said is None:
@@ -105,7 +128,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run `main` as a process: exit code 2 and one line for mistakes made before the ranks are known.
+    """Run `main` as a process: one line for mistakes made before the ranks are known, and for Ctrl-C.
 
     A good end leaves through `os._exit` after the process group is closed, because threads of communication
     libraries can abort a process that is already done.
@@ -114,10 +137,9 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
         main(argv)
     _close_process_group()
     _finalize_mpi()
-    _join_queue_threads()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    exit_now(0)
 
 
 def _close_process_group() -> None:
@@ -126,13 +148,6 @@ def _close_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _join_queue_threads() -> None:
-    # One that has not yet noticed that its loader is closed holds semaphores, which Python would report as leaked.
-    for thread in threading.enumerate():
-        if thread.name == "QueueFeederThread":
-            thread.join(_QUEUE_SECONDS)
 
 
 def _finalize_mpi() -> None:

@@ -7,7 +7,6 @@ out of a collective that would never return.
 """
 
 import json
-import os
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from trainer.ranks.launch import Place
-from trainer.ranks.shutdown import add_herald, last_words, remove_herald
+from trainer.ranks.shutdown import add_herald, exit_now, last_words, remove_herald
 
 # Longest time between two looks; short timeouts, as in tests, look more often.
 _BEAT_SECONDS = 2.0
@@ -238,11 +237,11 @@ class Watchdog:
             return
         if verdict.where is not None and self._where.before(verdict.where):
             self._leave(f"the others wait for this rank, which is in {self._where}:", verdict.code, stack=True)
-        os._exit(verdict.code)
+        exit_now(verdict.code)
 
     def _leave(self, message: str, code: int = _FAILED, *, stack: bool = False) -> None:
         frame = sys._current_frames().get(threading.main_thread().ident)
         lines = "".join(traceback.format_stack(frame)[-4:]) if stack and frame else ""
         last_words(self._place, f"error: {message}\n{lines}".rstrip(), code)
         self._linger()
-        os._exit(code)
+        exit_now(code)

@@ -116,7 +116,7 @@ def damaged(tmp_path, kind):
     good = write_tar(tmp_path / "good.tar", [m for n in range(9) for m in sample_members(n)]).read_bytes()
     blobs = {
         "empty_file": b"",
-        "empty_tar": bytes(10240),
+        "empty_large": bytes(2 << 20),
         "truncated": good[: 512 * 16 + 100],
         "garbage_inside": good[: 512 * 16] + b"?" * 1024 + good[512 * 18 :],
         "text": b"Not Found\n" * 100,
@@ -125,6 +125,8 @@ def damaged(tmp_path, kind):
         path.write_bytes(blobs[kind])
     elif kind == "duplicate":
         write_tar(path, [*sample_members(1), *sample_members(2), *sample_members(1)])
+    elif kind == "no_samples":
+        write_tar(path, [("README", b"x")])
     elif kind == "nothing_usable":
         write_tar(path, [("a.gif", b"1"), ("a.txt", b"x"), ("b.bmp", b"1"), ("b.txt", b"x")])
     return str(path)
@@ -135,7 +137,8 @@ def damaged(tmp_path, kind):
     [
         ("missing", "No such file"),
         ("empty_file", "empty file"),
-        ("empty_tar", "without samples"),
+        ("empty_large", "without a single member"),
+        ("no_samples", "without samples"),
         ("truncated", "'000003'"),
         ("garbage_inside", "'000003'"),
         ("text", "not a tar"),
@@ -215,10 +218,72 @@ def test_many_shards_use_one_summary(tmp_path, monkeypatch):
     assert not opened
 
 
-def test_errors_of_several_shards_are_one_message(tmp_path):
-    shards = [*write_shards(tmp_path / "data", [4]), str(tmp_path / "no1.tar"), str(tmp_path / "no2.tar")]
-    with pytest.raises(DataError, match=r"no1\.tar.*and 1 more"):
-        index_shards(shards, store=IndexStore.create(tmp_path / "cache"))
+def test_all_bad_shards_are_named_at_once(tmp_path):
+    good = write_shards(tmp_path / "data", [4, 4])
+    torn = tmp_path / "data" / "torn.tar"
+    torn.write_bytes(open(good[0], "rb").read()[:700])  # noqa: PTH123, SIM115
+    missing = [str(tmp_path / "data" / f"no{number:02d}.tar") for number in range(24)]
+    shards = [good[0], *missing, str(torn), good[1]]
+    store = IndexStore.create(tmp_path / "cache")
+    assert list(index_shards(shards, store=store)) == [*missing, str(torn)]
+    assert list(index_shards(shards, 1, 3, store=store)) == [shard for shard in shards[1::3] if shard not in good]
+    with pytest.raises(DataError) as caught:
+        load_sources([Source("train", tuple(shards))], store)
+    message = str(caught.value)
+    assert message.startswith(f"25 of 27 shards cannot be used: {missing[0]}, {missing[1]}, ")
+    assert message.endswith(f"{missing[19]}: No such file or directory; check the path and its permissions; and 5 more")
+    assert missing[20] not in message
+    with pytest.raises(DataError) as caught:
+        load_sources([Source("train", (good[0], missing[0], str(torn)))], store)
+    assert f"{missing[0]}: No such file" in str(caught.value)
+    assert f"{torn}: found the end of the file" in str(caught.value)
+
+
+def empty_tar(path):
+    with tarfile.open(path, "w"):
+        return str(path)
+
+
+def test_empty_shards_are_left_out_and_change_nothing(tmp_path, monkeypatch, capsys):
+    first, last = write_shards(tmp_path / "data", [4, 5])
+    empty = empty_tar(tmp_path / "data" / "00000a.tar")
+    store = IndexStore.create(tmp_path / "cache")
+    plain, mixed = (
+        load_sources([Source("train", shards)], store)[0] for shards in ((first, last), (first, empty, last))
+    )
+    assert mixed.shards == plain.shards == (first, last)
+    assert mixed.counts.tolist() == plain.counts.tolist()
+    assert fingerprint([mixed]) == fingerprint([plain])
+    assert (plain.empty, mixed.empty) == ((), (empty,))
+    with pytest.raises(DataError, match=r"all of its 1 shards are empty archives.*00000a\.tar"):
+        load_sources([Source("train", (empty,))], store)
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cli"))
+    for _ in range(2):
+        assert main([str(tmp_path / "data")]) == 0
+        captured = capsys.readouterr()
+        assert "total: 3 shards, 9 samples" in captured.out
+        assert captured.err.startswith("warning: 1 shard(s) are archives without a single member")
+        assert empty in captured.err
+    monkeypatch.setattr(index_module, "scan_shard", lambda shard: pytest.fail(f"scanned {shard}"))
+    assert load_sources([Source("train", (first, empty, last))], store)[0].empty == (empty,)
+
+
+def test_dots_in_keys_are_explained(tmp_path):
+    dotted = [(f"img.{number}.{kind}", b"x") for number in range(3) for kind in ("jpg", "txt")]
+    with pytest.raises(DataError) as caught:
+        scan_shard(str(write_tar(tmp_path / "x.tar", dotted)))
+    assert "none of its 3 samples" in str(caught.value)
+    assert "ends at the first dot of a name, so 'img.0.jpg' has the key 'img' and the extension '0.jpg'" in str(
+        caught.value
+    )
+    # Each is counted, although all have one key; what else a whole sample brings is no picture of its own.
+    members = [*sample_members(1), ("000001.mask.png", b"x"), *dotted]
+    index = scan_shard(str(write_tar(tmp_path / "y.tar", members)))
+    assert keys(index) == ["000001"]
+    assert [key for key, _ in index.excluded] == ["img.0.jpg", "img.1.jpg", "img.2.jpg"]
+    assert "a key ends at the first dot, so this name has the key 'img'" in index.excluded[0][1]
+    with pytest.raises(DataError, match="KEY has no dot"):
+        scan_shard(str(write_tar(tmp_path / "z.tar", [("a.gif", b"1"), ("a.txt", b"x")])))
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):
