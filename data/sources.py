@@ -1,5 +1,6 @@
 """What the user may write under `data.train`, turned into data sources; names of built-in sets are known here."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -7,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.paths import expand_path
 from data.shards.sources import Source, expand_shards, local_shards
 
-_FILE_URL = re.compile(r"^file://", re.IGNORECASE)
 _DEFAULT_NAME = "train"
 
 
 def _builtin(name: str, cache: Path | None) -> list[str] | None:
     # Only a plain word can be a built-in set, and only then is the demo module needed.
-    if not re.fullmatch(r"[A-Za-z][\w-]*(/[\w-]+)?", name) or Path(name).exists():
+    if not re.fullmatch(r"[A-Za-z][\w-]*(/[\w-]+)?", name) or os.path.lexists(name):
         return None
     from data.demo import resolve_builtin
 
@@ -34,10 +35,8 @@ def expand_pattern(pattern: str, cache: Path | None = None) -> list[str]:
     """
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(f"a data source must be a path, pattern or URL, got {pattern!r}")
-    pattern = _FILE_URL.sub("", pattern.strip())
-    if "\0" in pattern:
-        raise DataError(f"{pattern!r} is not the name of a file: it holds a NUL character")
-    if "::" in pattern:
+    pattern = expand_path(pattern.strip())
+    if "::" in pattern and not os.path.lexists(pattern):
         raise DataError(f"{pattern!r}: sources are not joined by '::' here; write a YAML list or a weighted mapping")
     builtin = _builtin(pattern, cache)
     if builtin is not None:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data.errors import DataError
+from data.paths import expand_path
+
 
 def cache_dir() -> Path:
     """Returns the cache folder of the project (not created here).
@@ -14,7 +17,10 @@ def cache_dir() -> Path:
     """
     explicit = os.environ.get("DECLIP_CACHE")
     if explicit:
-        return Path(explicit).expanduser()
+        try:
+            return Path(expand_path(explicit))
+        except DataError as error:
+            raise DataError(f"DECLIP_CACHE: {error}") from None
     base = os.environ.get("XDG_CACHE_HOME")
     root = Path(base).expanduser() if base else Path.home() / ".cache"
     return root / "declip-trainer"
