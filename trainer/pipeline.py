@@ -18,8 +18,8 @@ from data.sample import SampleTransform, SampleViews
 from data.shards.cache import cache_dir
 from data.shards.index_store import IndexedSource, IndexStore, index_shards, load_sources
 from data.sources import parse_sources
+from models.architectures import HF_PREFIX
 from models.hf_backbone import BUILTIN_PREFIX
-from models.registry import HF_PREFIX
 from trainer.config.ds_config import BatchPlan
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError

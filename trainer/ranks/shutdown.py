@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from data.errors import DataError
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
 from trainer.ranks.output import Output
@@ -55,8 +56,6 @@ def reported_errors(place: Place) -> Iterator[None]:
     The process leaves at once, without the orderly shutdown of process groups: the other ranks may be waiting in a
     collective this rank will never join, and the launcher ends them when this one exits with an error.
     """
-    from data.errors import DataError
-
     global _output
     _output = Output(place)
     try:
@@ -96,7 +95,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """
     try:
         main(argv)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     _close_process_group()
