@@ -22,6 +22,7 @@ from PIL import __version__ as pillow_version
 from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
 from data.builtin.splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
+from data.paths import path_argument
 from data.rng import keyed_permutation
 from data.shards.cache import cache_dir as default_cache_dir
 
@@ -196,7 +197,9 @@ def _manifest(splits: Splits) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Make the built-in set unicode-symbols.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make it under (default: the cache folder)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="folder to make it under (default: the cache folder)"
+    )
     options = parser.parse_args(arguments)
     try:
         symbols = ensure_unicode_symbols(options.out or default_cache_dir())

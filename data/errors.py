@@ -4,8 +4,13 @@ _MAX_REASON_CHARS = 300
 _MAX_MESSAGE_CHARS = 1500
 
 
-def printable(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
-    """Returns text as one line of bounded length without control characters: names and values may hold anything."""
+def printable(text: str, max_chars: int | None = _MAX_MESSAGE_CHARS) -> str:
+    """Returns text as one line without control characters: names and values may hold anything.
+
+    Args:
+        text: What a terminal or a page is to show as it is, whatever it holds.
+        max_chars: Its greatest length; None for any.
+    """
     text = text[:max_chars]
     return text if text.isprintable() else repr(text)[1:-1][:max_chars]
 

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shard, index in in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
             usable, labels = index.with_captions(), int((~index.captioned).sum())
             only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
-            print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
+            name = printable(display_name(shard), None)
+            print(f"{name}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
             samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)
             for key, reason in usable.excluded if arguments.excluded else ():
                 print(f"  excluded {printable(key)}: {reason}")

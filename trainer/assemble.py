@@ -61,9 +61,9 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             method = build_method(config, tokenizer)
             method.begin_run(config.train, None)
         if place.is_main:
-            print(describe_plan(config, method, resolved, plan, precision))
+            console.line(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
-                print(f"  {line}")
+                console.line(f"  {line}")
         return None
     init_distributed(device, place, resolve_workers(config, place), config.train.timeout_minutes)
     # The default name holds the time of day, which ranks need not agree on.

@@ -7,9 +7,10 @@ Without --set it takes the sets of the run's recipe. Several ranks share the wor
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
+from data.paths import path_argument
+from trainer.config.start import saved_config
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
@@ -36,7 +37,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN", help="folder of a training run")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
     parser.add_argument(
         "--weights", choices=("auto", "trained", "ema"), default="auto", help="auto: the average if kept"
@@ -50,13 +51,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=int, help="only the first so many samples of the sets given")
     parser.add_argument("--reference", metavar="NAME", help="effective robustness: the set all others are shifts of")
     parser.add_argument(
-        "--baselines", type=Path, metavar="CSV", help="accuracies of other models for the robustness line"
+        "--baselines", type=path_argument, metavar="CSV", help="accuracies of other models for the robustness line"
     )
     parser.add_argument("--batch_size", type=int, help="default: the recipe's")
     parser.add_argument("--workers", type=int, help="loader processes per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)"
+    )
     return parser.parse_args(argv)
 
 
@@ -166,6 +169,8 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     place = find_place()
     with reported_errors(place):
+        # What is no run is said before the seconds that torch takes to import.
+        saved_config(arguments.run_dir)
         evaluate(arguments, place)
 
 

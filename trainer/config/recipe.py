@@ -4,6 +4,7 @@ Nothing in here imports torch, so that what is wrong outside the method is said 
 """
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
 
 
-def read_recipe(recipe: str, overrides: dict[str, str] | None = None) -> RunConfig:
-    """Read a recipe and apply dotted overrides; see `trainer.loading.load_config`, which checks `method` too."""
+def read_recipe(recipe: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
+    """Read a recipe, a name or path as a user writes it or a file, and apply dotted overrides.
+
+    See `trainer.loading.load_config`, which checks `method` too.
+    """
     tree = _read_recipe(recipe)
     name = tree.pop("recipe", None) or Path(recipe).stem
     for key, text in (overrides or {}).items():
@@ -38,10 +42,10 @@ def read_recipe(recipe: str, overrides: dict[str, str] | None = None) -> RunConf
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=math.inf)
 
 
-def _read_recipe(recipe: str, depth: int = 0, beside: Path | None = None) -> dict[str, Any]:
+def _read_recipe(recipe: str | Path, depth: int = 0, beside: Path | None = None) -> dict[str, Any]:
     if depth > _MAX_EXTENDS:
         raise ConfigError(f"recipe '{recipe}': 'extends' goes round in a circle; remove one of the links")
     path = _recipe_path(recipe, beside)
@@ -54,8 +58,10 @@ def _read_recipe(recipe: str, depth: int = 0, beside: Path | None = None) -> dic
     return _merge(_read_recipe(parent, depth + 1, path.parent), tree)
 
 
-def _recipe_path(recipe: str, beside: Path | None) -> Path:
+def _recipe_path(recipe: str | Path, beside: Path | None) -> Path:
     """The file of a recipe: a shipped one by its name, a path, or what `extends` names in the folder of its recipe."""
+    if isinstance(recipe, Path):
+        return recipe
     if "/" not in recipe and recipe in recipe_names():
         return RECIPE_DIR / f"{recipe}.yaml"
     try:

@@ -9,6 +9,7 @@ from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError
 
 DEFAULT_RECIPE = "demo"
+CONFIG = "config.yaml"
 
 
 def read_run_config(recipe: str | None, run_dir: Path | None, resume: str, overrides: dict[str, str]) -> RunConfig:
@@ -18,12 +19,24 @@ def read_run_config(recipe: str | None, run_dir: Path | None, resume: str, overr
         ConfigError: See `trainer.config.recipe.read_recipe`, or an unknown model; the method's settings are still to
             be checked.
     """
-    config = read_recipe(recipe or _saved_file("config.yaml", run_dir, resume) or DEFAULT_RECIPE, overrides)
+    config = read_recipe(recipe or _saved_file(CONFIG, run_dir, resume) or DEFAULT_RECIPE, overrides)
     try:
         find_architecture(config.model.name)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     return config
+
+
+def saved_config(run: Path) -> RunConfig:
+    """The configuration of a run, its method's settings unchecked.
+
+    Raises:
+        ConfigError: The folder holds no run, or one whose configuration is not valid.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run} has no {CONFIG}; give the folder of a run (what --run_dir was)")
+    return read_recipe(path)
 
 
 def run_ds_config(given: str | None, run_dir: Path | None, resume: str) -> str | None:
@@ -32,14 +45,15 @@ def run_ds_config(given: str | None, run_dir: Path | None, resume: str) -> str |
     Raises:
         ConfigError: There is no such file.
     """
-    return find_ds_config(given) if given else _saved_file("ds_config.json", run_dir, resume)
+    found = find_ds_config(given) if given else _saved_file("ds_config.json", run_dir, resume)
+    return found and str(found)
 
 
-def _saved_file(name: str, run_dir: Path | None, resume: str) -> str | None:
+def _saved_file(name: str, run_dir: Path | None, resume: str) -> Path | None:
     """A file of the run that is being resumed, so that a resumed run keeps its settings unless others are given."""
     if resume == "never":
         return None
     folders = [run_dir] if run_dir else []
     if resume != "auto":
         folders += [Path(resume), Path(resume).parent.parent]
-    return next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)

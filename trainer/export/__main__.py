@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, printable
+from data.paths import path_argument
+from trainer.config.start import saved_config
 from trainer.errors import ConfigError
-from trainer.export.export import FORMATS, export, load_run
+from trainer.export import FORMATS
 
 _EPILOG = """examples:
   python -m trainer.export runs/declip --to openclip
@@ -28,10 +29,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/export/<format>-step_<N>)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="folder to write (default: RUN/export/<format>-step_<N>)"
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "trained", "ema"),
@@ -44,10 +47,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Export one checkpoint; returns the exit code."""
     arguments = parse_arguments(argv)
-    exported = load_run(Path(arguments.run), arguments.step, arguments.weights)
-    out = Path(arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}")
+    # What is no run is said before the seconds that torch takes to import.
+    saved_config(arguments.run)
+    from trainer.export.export import export, load_run
+
+    exported = load_run(arguments.run, arguments.step, arguments.weights)
+    out = arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}"
     export(exported, arguments.to, out)
-    print(f"wrote {arguments.to} of {exported.run} step {exported.step} ({exported.weights} weights) to {out}")
+    wrote = f"wrote {arguments.to} of {exported.run} step {exported.step} ({exported.weights} weights) to {out}"
+    print(printable(wrote, None))
     return 0
 
 

@@ -11,8 +11,6 @@ from trainer.export.card import write_card
 from trainer.export.exported import Exported
 from trainer.trained import load_trained
 
-FORMATS = ("openclip", "huggingface", "safetensors", "onnx")
-
 
 def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Exported:
     """The model of a checkpoint, without the method's heads; see `trainer.trained.load_trained`."""
@@ -35,7 +33,7 @@ def export(exported: Exported, layout: str, out: Path) -> None:
 
     Args:
         exported: From `load_run`.
-        layout: One of `FORMATS`.
+        layout: One of `trainer.export.FORMATS`.
         out: A folder that does not exist yet.
 
     Raises:
