@@ -15,6 +15,11 @@ def printable(text: str, max_chars: int | None = _MAX_MESSAGE_CHARS) -> str:
     return text if text.isprintable() else repr(text)[1:-1][:max_chars]
 
 
+def printable_lines(text: str) -> str:
+    """Returns text of several lines, each made `printable`."""
+    return "\n".join(printable(line, None) for line in text.split("\n"))
+
+
 class DataError(ValueError):
     """A mistake in the data or its configuration that the user can fix.
 

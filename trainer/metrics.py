@@ -13,7 +13,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from data.errors import printable
+from data.errors import printable_lines
 from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
 from trainer.tables import print_table
@@ -138,9 +138,9 @@ class Console:
         if not self.enabled:
             return
         if self._progress is not None:
-            self._progress.console.print(_shown(text), markup=False, emoji=False)
+            self._progress.console.print(printable_lines(text), markup=False, emoji=False)
         else:
-            print(_shown(text), flush=True)
+            print(printable_lines(text), flush=True)
 
     def table(self, table: rich.table.Table) -> None:
         """Print a table; see `trainer.tables`."""
@@ -150,7 +150,7 @@ class Console:
     def warn(self, text: str) -> None:
         """Print one warning line on stderr."""
         if self.enabled:
-            print(f"warning: {_shown(text)}", file=sys.stderr, flush=True)
+            print(f"warning: {printable_lines(text)}", file=sys.stderr, flush=True)
 
     def start(self, steps: int, done: int) -> None:
         """Show the bar when there is a terminal."""
@@ -177,10 +177,6 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def _shown(text: str) -> str:
-    return "\n".join(printable(line, None) for line in text.split("\n"))
 
 
 def _tensorboard(run_dir: Path, start_step: int) -> Any:

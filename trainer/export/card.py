@@ -9,7 +9,8 @@ from typing import Any
 from data.errors import printable
 from trainer.export.exported import Exported
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]#|~$!])")
+# An underscore within a word means nothing.
+_MARKDOWN = re.compile(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))")
 _FIGURES = {
     "acc1": "zero-shot top-1",
     "acc5": "zero-shot top-5",
@@ -55,11 +56,11 @@ def write_card(exported: Exported, layout: str, path: Path) -> None:
     data = config.data.train
     sources = list(data) if isinstance(data, list | dict) else [data]
     size = sum(parameter.numel() for parameter in model.parameters())
-    text = f" with {config.model.text_name}" if config.model.text_name else ""
+    name = _plain(config.model.name + (f" with {config.model.text_name}" if config.model.text_name else ""))
     rows = {
         "Recipe": _plain(config.recipe),
         "Method": config.method["name"],
-        "Model": f"{_plain(config.model.name + text)}, {size / 1e6:.1f} M parameters, embeddings of width {model.embed_dim}",
+        "Model": f"{name}, {size / 1e6:.1f} M parameters, embeddings of width {model.embed_dim}",
         "Images": f"{model.image_tower.image_size} px, mean {list(model.pixel_mean)}, std {list(model.pixel_std)}",
         "Captions": f"up to {config.model.context_length} tokens",
         "Data": ", ".join(_code(source) for source in sources),
@@ -73,7 +74,8 @@ def write_card(exported: Exported, layout: str, path: Path) -> None:
     if config.model.pretrained:
         rows["Started from"] = _code(config.model.pretrained)
     lines = ["---", f"library_name: {_LIBRARIES.get(layout, 'declip-trainer')}"]
-    lines += ["pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---", "", f"# {_plain(config.recipe)}", ""]
+    lines += ["pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---", ""]
+    lines += [f"# {rows['Recipe']}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += _figures(exported.run / "metrics.jsonl", exported.step)
     lines += ["## Loading", "", "```python", _LOADING[layout].rstrip(), "```", ""]

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from data.errors import DataError
+from data.errors import DataError, printable_lines
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
 from trainer.ranks.output import Output
@@ -46,7 +46,7 @@ def last_words(place: Place, message: str, code: int) -> None:
         _output.last_words(message, code)
         return
     prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    print(f"{prefix}{printable_lines(message)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
