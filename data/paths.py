@@ -85,10 +85,12 @@ def _path_of_url(text: str, url: re.Match) -> str:
 
 
 def _expand_variables(text: str) -> str:
+    there = len(split_existing(text)[0]) if "$" in text else 0
+
     def value(match: re.Match) -> str:
         name = match[1] or match[2]
         found = os.environ.get(name)
-        if found is None and not os.path.lexists(text):
+        if found is None and match.start() >= there:
             raise DataError(f"{text!r}: the environment variable {name} is not set; set it, or write the path out")
         return match[0] if found is None else found
 
@@ -99,7 +101,7 @@ def _expand_home(text: str) -> str:
     if not text.startswith("~"):
         return text
     expanded = os.path.expanduser(text)  # noqa: PTH111 - a pattern may hold what Path would tidy away
-    if expanded != text or os.path.lexists(text):
+    if expanded != text or split_existing(text)[0]:
         return expanded
     user = text[1:].partition("/")[0]
     if user:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.paths import expand_path
+from data.paths import expand_path, split_existing
 from data.shards.sources import Source, expand_shards, local_shards
 
 _DEFAULT_NAME = "train"
@@ -36,7 +36,7 @@ def expand_pattern(pattern: str, cache: Path | None = None) -> list[str]:
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(f"a data source must be a path, pattern or URL, got {pattern!r}")
     pattern = expand_path(pattern.strip())
-    if "::" in pattern and not os.path.lexists(pattern):
+    if "::" in split_existing(pattern)[1]:
         raise DataError(f"{pattern!r}: sources are not joined by '::' here; write a YAML list or a weighted mapping")
     builtin = _builtin(pattern, cache)
     if builtin is not None:
