@@ -1,4 +1,7 @@
-"""Errors of the data package."""
+"""Errors of the data package, and how text that may hold anything is shown."""
+
+import io
+import sys
 
 _MAX_REASON_CHARS = 300
 _MAX_MESSAGE_CHARS = 1500
@@ -18,6 +21,12 @@ def printable(text: str, max_chars: int | None = _MAX_MESSAGE_CHARS) -> str:
 def printable_lines(text: str) -> str:
     """Returns text of several lines, each made `printable`."""
     return "\n".join(printable(line, None) for line in text.split("\n"))
+
+
+def escape_unencodable() -> None:
+    """Has standard output write what its encoding lacks as escapes: a name from data must not end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class DataError(ValueError):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data.errors import DataError, printable
+from data.errors import DataError, escape_unencodable, printable
 from data.shards.index_store import IndexStore, in_threads, sidecar_path
 from data.shards.remote import display_name
 from data.shards.shard_index import ShardIndex
@@ -43,6 +43,7 @@ def _index_one(shard: str, store: IndexStore, arguments: argparse.Namespace) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    escape_unencodable()
     store = IndexStore.create()
     try:
         (source,) = parse_sources(arguments.shards)

@@ -134,7 +134,8 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     out = arguments.out or arguments.run_dir / "evaluation" / folder.name
     # A file for each, as CLIP_benchmark writes them: its `build` makes a table of a folder.
     for record in records:
-        write_json(out / f"{record['dataset']}_{record['task']}.json", record)
+        # The name of a set may hold anything, and must not lead elsewhere.
+        write_json(out / f"{record['dataset'].replace('/', '_')}_{record['task']}.json", record)
     console.table(results_table(results))
     if shifted:
         console.line("  ".join(f"{name} {value:.2%}" for name, value in records[-1]["metrics"].items()))

@@ -1,5 +1,7 @@
 """Tables: whole words in pipes and logs, nothing taken for markup."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +94,14 @@ def test_every_table_is_made_in_one_place():
         for path in (ROOT / package).rglob("*.py"):
             if path != ROOT / "trainer" / "tables.py":
                 assert ".add_row(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_an_encoding_that_lacks_a_letter_does_not_end_the_program():
+    code = (
+        "from data.errors import escape_unencodable; from trainer.tables import make_table, print_table\n"
+        "escape_unencodable(); print('\u00fc'); print_table(make_table(['n'], [('\u6f22',)]))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert r"\xfc" in finished.stdout and r"\u6f22" in finished.stdout

@@ -5,7 +5,7 @@ import datetime
 import sys
 from pathlib import Path
 
-from data.errors import printable
+from data.errors import escape_unencodable, printable
 from data.paths import path_argument
 from trainer.errors import ConfigError
 
@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     arguments = parse_arguments(argv)
+    escape_unencodable()
     found = _checkpoints(arguments.run, getattr(arguments, "step", None))
     if arguments.command == "list":
         _list(found)

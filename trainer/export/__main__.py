@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from data.errors import DataError, printable
+from data.errors import DataError, escape_unencodable, printable
 from data.paths import path_argument
 from trainer.config.start import saved_config
 from trainer.errors import ConfigError
@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Export one checkpoint; returns the exit code."""
     arguments = parse_arguments(argv)
+    escape_unencodable()
     # What is no run is said before the seconds that torch takes to import.
     saved_config(arguments.run)
     from trainer.export.export import export, load_run

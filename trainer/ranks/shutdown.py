@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from data.errors import DataError, printable_lines
+from data.errors import DataError, escape_unencodable, printable_lines
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
 from trainer.ranks.output import Output
@@ -93,6 +93,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
     A good end leaves through `os._exit` after the process group is closed, because threads of communication
     libraries can abort a process that is already done.
     """
+    escape_unencodable()
     try:
         main(argv)
     except (ConfigError, DataError) as error:
