@@ -1,18 +1,38 @@
 """Packaging of declip-trainer."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class BuildWithConfigurations(build_py):
+    """Puts ds_configs/, which lies beside the packages in a checkout, inside trainer/ in an installed copy."""
+
+    def run(self) -> None:
+        """Build as ever, then copy; an editable installation finds the checkout's."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "trainer" / "ds_configs"
+            shutil.copytree(ROOT / "ds_configs", target, dirs_exist_ok=True)
+
 
 setup(
     name="declip-trainer",
     version="0.1.0",
     description="Distributed DeepSpeed trainer for CLIP, DeCLIP and the data-efficient CLIP family",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "models*", "losses*", "data*"]),
+    # Said so that an editable installation puts this folder on the path. Otherwise setuptools looks for our packages
+    # after everything else, and a folder "data" in the working directory comes first.
+    package_dir={"": "."},
+    cmdclass={"build_py": BuildWithConfigurations},
     package_data={"trainer": ["recipes/*.yaml", "report/*.j2"], "models": ["hf_configs/*/config.json"]},
     install_requires=[
         "torch>=2.11",

@@ -7,12 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks import accumulation, collectives, filip, loader, loss, train_step, views
 from benchmarks.processes import Peer, run_in_fresh_process
 from benchmarks.report import Row, console_table, write_results
+from data.paths import path_argument
 from data.writing import try_folder
+from trainer.tables import print_table
 
 _BENCHMARKS = {module.NAME: module for module in (loss, collectives, filip, train_step, loader, views, accumulation)}
 _DEFAULT_FOLDER = Path(__file__).parent / "out"
@@ -42,10 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         "--only", metavar="NAME", choices=_BENCHMARKS, action="append", help=f"{', '.join(_BENCHMARKS)}"
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes, one round: minutes become seconds")
-    parser.add_argument("--peer-path", metavar="DIR", type=Path, help="open_clip checkout to compare with as well")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=_DEFAULT_FOLDER, help="folder for the results")
+    parser.add_argument(
+        "--peer-path", metavar="DIR", type=path_argument, help="open_clip checkout to compare with as well"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=path_argument, default=_DEFAULT_FOLDER, help="folder for the results"
+    )
     arguments = parser.parse_args(argv)
-    console = Console()
     try:
         try_folder(arguments.out, "choose another --out")
         peers = find_peers(arguments.peer_path)
@@ -55,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for name in arguments.only or _BENCHMARKS:
         module = _BENCHMARKS[name]
-        with console.status(f"{name} ..."):
-            found = module.run(run_in_fresh_process, peers, module.QUICK if arguments.quick else module.FULL)
-        console.print(console_table(found))
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        found = module.run(run_in_fresh_process, peers, module.QUICK if arguments.quick else module.FULL)
+        print_table(console_table(found))
         rows += found
         # After each benchmark: what has been measured survives an interruption.
         write_results(arguments.out, command, rows)
         if module is views:
             (arguments.out / "views.md").write_text(views.summary(found), encoding="utf-8")
-    console.print(f"results in {arguments.out}")
+    print(f"results in {arguments.out}")
     return 0
 
 

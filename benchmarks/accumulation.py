@@ -17,7 +17,7 @@ from benchmarks.processes import Job, Peer, Runner, interleave
 from benchmarks.report import OURS, Row, Target, compare
 from benchmarks.workload import make_batch, make_method, make_model, make_peer, peer_inputs, split_batch
 from losses import contrastive_terms, normalize
-from models.registry import ARCHITECTURES
+from models.architectures import ARCHITECTURES
 from models.weights.open_clip_mapping import from_open_clip
 
 NAME = "accumulation"

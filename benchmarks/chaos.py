@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import machine_description
 from data.errors import DataError
+from data.paths import path_argument
 from data.writing import try_folder
 from tests.faults.campaign import Campaign, Outcome, plan
 from tests.faults.kinds import KINDS
+from trainer.tables import make_table, print_table
 
 _DEFAULT_FOLDER = Path(__file__).parent / "out"
 _COLUMNS = (
@@ -102,12 +103,7 @@ def problems(campaign: Campaign) -> list[str]:
 
 def console_table(outcomes: Sequence[Outcome]) -> Table:
     """The summary as a rich table."""
-    table = Table()
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "fault" else "right")
-    for row in summary(outcomes):
-        table.add_row(*row)
-    return table
+    return make_table(_COLUMNS, summary(outcomes), [name for name in _COLUMNS if name != "fault"])
 
 
 def write_results(folder: Path, command: str, seed: int, campaign: Campaign, *, complete: bool) -> None:
@@ -135,7 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=50, metavar="N", help="faults in a row (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="draws kinds, order and moments (default: 0)")
     parser.add_argument("--only", metavar="KIND", action="append", choices=KINDS, help=", ".join(KINDS))
-    parser.add_argument("--out", metavar="DIR", type=Path, default=_DEFAULT_FOLDER, help="folder for the results")
+    parser.add_argument(
+        "--out", metavar="DIR", type=path_argument, default=_DEFAULT_FOLDER, help="folder for the results"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs and say where it is")
     arguments = parser.parse_args(argv)
     if arguments.faults < 1:
@@ -145,35 +143,34 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         parser.error(str(error))
     command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if argv is None else argv)])
-    # In a log the table keeps its width.
-    console = Console(width=None if sys.stdout.isatty() else 240)
     # The disk that is mounted and the processes that run are given back however this ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     results = arguments.out, command, arguments.seed
 
     def report(outcome: Outcome) -> None:
-        console.print(_line(outcome, arguments.faults), markup=False)
+        print(_line(outcome, arguments.faults), flush=True)
         write_results(*results, campaign, complete=False)
 
     campaign = Campaign(folder, report)
     try:
         for line in plan(arguments.seed, arguments.faults, arguments.only or list(KINDS)):
-            console.print(
-                f"{line.ranks} rank(s), {len(line.faults)} faults, {line.steps} steps: first without faults ..."
+            print(
+                f"{line.ranks} rank(s), {len(line.faults)} faults, {line.steps} steps: first without faults ...",
+                flush=True,
             )
             campaign.run(line)
         write_results(*results, campaign, complete=True)
     finally:
         if arguments.keep:
-            console.print(f"logs in {folder}")
+            print(f"logs in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    console.print(console_table(campaign.outcomes))
+    print_table(console_table(campaign.outcomes))
     found = problems(campaign)
     for problem in found:
-        console.print(problem, markup=False)
-    console.print(f"results in {arguments.out}")
+        print(problem)
+    print(f"results in {arguments.out}")
     return 1 if found else 0
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from trainer.tables import make_table
+
 OURS = "ours"
 _PACKAGES = ("torch", "open_clip_torch", "webdataset", "torchvision", "numpy", "pillow")
 _COLUMNS = ("benchmark", "case", "quantity", "unit", "ours", "reference", "its value", "ratio", "target", "met")
@@ -118,12 +120,7 @@ def number_text(value: float) -> str:
 
 def console_table(rows: Sequence[Row]) -> Table:
     """The rows as a rich table."""
-    table = Table()
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in _NUMBER_COLUMNS else "left")
-    for row in rows:
-        table.add_row(*row.cells())
-    return table
+    return make_table(_COLUMNS, [row.cells() for row in rows], _NUMBER_COLUMNS)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.architectures import ARCHITECTURES, HEAD_WIDTH
 from models.clip import IMAGENET_MEAN, IMAGENET_STD, ClipModel
-from models.registry import ARCHITECTURES, HEAD_WIDTH, build_model
+from models.registry import build_model
 from models.weights.open_clip_mapping import to_open_clip
 from trainer.methods import METHODS, Method, parse_method
 

@@ -29,6 +29,7 @@ from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
 from data.builtin.splits import HELD_OUT_TYPEFACE, HELD_OUT_WORDS, Glyph, Splits, split
 from data.errors import DataError
+from data.paths import path_argument
 from data.rng import keyed_permutation
 from data.shards.cache import cache_dir as default_cache_dir
 from data.shards.cache import writing_cache
@@ -220,7 +221,9 @@ def _ensure_in(out: Path) -> UnicodeSymbols:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Make the built-in set unicode-symbols.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make it under (default: the cache folder)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="folder to make it under (default: the cache folder)"
+    )
     options = parser.parse_args(arguments)
     try:
         symbols = _ensure_in(options.out) if options.out else ensure_unicode_symbols(default_cache_dir())

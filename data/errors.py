@@ -1,6 +1,8 @@
-"""Errors of the data package."""
+"""Errors of the data package, and how text that may hold anything is shown."""
 
+import io
 import re
+import sys
 
 _MAX_REASON_CHARS = 300
 _MAX_MESSAGE_CHARS = 1500
@@ -8,8 +10,13 @@ _MAX_MESSAGE_CHARS = 1500
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{8,}")
 
 
-def printable(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
-    """Returns text as one line of bounded length without control characters: names and values may hold anything."""
+def printable(text: str, max_chars: int | None = _MAX_MESSAGE_CHARS) -> str:
+    """Returns text as one line without control characters: names and values may hold anything.
+
+    Args:
+        text: What a terminal or a page is to show as it is, whatever it holds.
+        max_chars: Its greatest length; None for any.
+    """
     text = text[:max_chars]
     return text if text.isprintable() else repr(text)[1:-1][:max_chars]
 
@@ -17,6 +24,17 @@ def printable(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
 def repeatable(text: str) -> str:
     """Returns the message of an exception without addresses of memory, which differ from run to run."""
     return _ADDRESS.sub("", text)
+
+
+def printable_lines(text: str) -> str:
+    """Returns text of several lines, each made `printable`."""
+    return "\n".join(printable(line, None) for line in text.split("\n"))
+
+
+def escape_unencodable() -> None:
+    """Has standard output write what its encoding lacks as escapes: a name from data must not end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class DataError(ValueError):

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
     leave_on_interrupt()
 
-from data.errors import DataError, printable
+from data.errors import DataError, escape_unencodable, printable
 from data.shards.index_store import IndexStore, empty_warning, in_threads, sidecar_path
 from data.shards.remote import display_name
 from data.shards.shard_index import ShardIndex
@@ -53,6 +53,7 @@ def _index_one(shard: str, store: IndexStore, arguments: argparse.Namespace) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    escape_unencodable()
     try:
         store = IndexStore.create()
         (source,) = parse_sources(arguments.shards)
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shard, index in in_threads(lambda shard: _index_one(shard, store, arguments), source.shards):
             usable, labels = index.with_captions(), int((~index.captioned).sum())
             only = f" ({labels} have a class label, which evaluation can use)" if labels else ""
-            print(f"{display_name(shard)}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
+            name = printable(display_name(shard), None)
+            print(f"{name}: {usable.num_samples} samples, {len(usable.excluded)} excluded{only}")
             if not index.num_samples and not index.excluded:
                 empty.append(shard)
             samples, excluded = samples + usable.num_samples, excluded + len(usable.excluded)

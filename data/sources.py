@@ -4,6 +4,7 @@ The name of a source is part of its random keys, so it must not change when the 
 or as much of the end of its path as tells it from the other sources.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.paths import expand_path, split_existing
 from data.shards.index_store import IndexedSource, fingerprint
 from data.shards.sources import Source, expand_shards, is_remote, local_shards
 
@@ -21,7 +23,7 @@ _DEFAULT_NAME = "train"
 
 def _builtin(name: str, cache: Path | None) -> list[str] | None:
     # Only a plain word can be a built-in set, and only then is the demo module needed.
-    if not re.fullmatch(r"[A-Za-z][\w-]*(/[\w-]+)?", name) or Path(name).exists():
+    if not re.fullmatch(r"[A-Za-z][\w-]*(/[\w-]+)?", name) or os.path.lexists(name):
         return None
     from data.demo import resolve_builtin
 
@@ -40,10 +42,8 @@ def expand_pattern(pattern: str, cache: Path | None = None) -> list[str]:
     """
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(f"a data source must be a path, pattern or URL, got {pattern!r}")
-    pattern = _FILE_URL.sub("", pattern.strip())
-    if "\0" in pattern:
-        raise DataError(f"{pattern!r} is not the name of a file: it holds a NUL character")
-    if "::" in pattern:
+    pattern = expand_path(pattern.strip())
+    if "::" in split_existing(pattern)[1]:
         raise DataError(f"{pattern!r}: sources are not joined by '::' here; write a YAML list or a weighted mapping")
     builtin = _builtin(pattern, cache)
     if builtin is not None:

@@ -26,6 +26,7 @@ from trainer.checkpoint import (
 from trainer.config.ds_config import BatchPlan, ResolvedDeepSpeed, plan_batch, resolve_deepspeed
 from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
+from trainer.config.start import run_ds_config
 from trainer.engine.compilation import compile_towers
 from trainer.engine.device import resolve_precision, select_device
 from trainer.engine.engine import Engine, init_distributed
@@ -33,7 +34,6 @@ from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.files import write_atomically
 from trainer.guard import Guard
-from trainer.loading import load_config
 from trainer.metrics import Console, MetricsWriter, truncate_records, writable
 from trainer.pipeline import TrainData, build_tokenizer, index_sources, resolve_workers
 from trainer.plan import describe_plan
@@ -45,27 +45,6 @@ from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
 from trainer.trackers import try_trackers
-
-DEFAULT_RECIPE = "demo"
-
-
-def load_run_config(recipe: str | None, run_dir: Path | None, resume: str, overrides: dict[str, str]) -> RunConfig:
-    """The recipe that was asked for; a run that is resumed without `--recipe` keeps its own.
-
-    Raises:
-        ConfigError: See `trainer.config.load_config`.
-    """
-    return load_config(recipe or _saved_file("config.yaml", run_dir, resume) or DEFAULT_RECIPE, overrides)
-
-
-def _saved_file(name: str, run_dir: Path | None, resume: str) -> str | None:
-    """A file of the run that is being resumed, so that a resumed run keeps its settings unless others are given."""
-    if resume == "never":
-        return None
-    folders = [run_dir] if run_dir else []
-    if resume != "auto":
-        folders += [Path(resume), Path(resume).parent.parent]
-    return next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
 
 
 def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, place: Place) -> Run | None:
@@ -87,7 +66,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
     precision = resolve_precision(config.train.precision, device)
-    ds_path = arguments.ds_config or _saved_file("ds_config.json", run_dir, arguments.resume)
+    ds_path = run_ds_config(arguments.ds_config, run_dir, arguments.resume)
     resolved = resolve_deepspeed(ds_path, config, plan, precision)
     console = Console(place.is_main)
     tokenizer = build_tokenizer(config)
@@ -96,9 +75,9 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             method = build_method(config, tokenizer)
             method.begin_run(config.train, None)
         if place.is_main:
-            print(describe_plan(config, method, resolved, plan, precision))
+            console.line(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
-                print(f"  {line}")
+                console.line(f"  {line}")
         return None
     init_distributed(device, place, resolve_workers(config, place), config.train.timeout_minutes)
     # The default name holds the time of day, which ranks need not agree on.

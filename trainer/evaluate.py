@@ -7,10 +7,11 @@ Without --set it takes the sets of the run's recipe. Several ranks share the wor
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
+from data.paths import path_argument
 from data.writing import try_folder, writing_to
+from trainer.config.start import saved_config
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
@@ -38,7 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN", help="folder of a training run")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
     parser.add_argument(
         "--weights", choices=("auto", "trained", "ema"), default="auto", help="auto: the average if kept"
@@ -52,13 +53,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=int, help="only the first so many samples of the sets given")
     parser.add_argument("--reference", metavar="NAME", help="effective robustness: the set all others are shifts of")
     parser.add_argument(
-        "--baselines", type=Path, metavar="CSV", help="accuracies of other models for the robustness line"
+        "--baselines", type=path_argument, metavar="CSV", help="accuracies of other models for the robustness line"
     )
     parser.add_argument("--batch_size", type=int, help="default: the recipe's")
     parser.add_argument("--workers", type=int, help="loader processes per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)"
+    )
     return parser.parse_args(argv)
 
 
@@ -136,7 +139,8 @@ def evaluate(arguments: argparse.Namespace, place: Place) -> None:
     # A file for each, as CLIP_benchmark writes them: its `build` makes a table of a folder.
     with writing_to(out, _ADVICE):
         for record in records:
-            write_json(out / f"{record['dataset']}_{record['task']}.json", record)
+            # The name of a set may hold anything, and must not lead elsewhere.
+            write_json(out / f"{record['dataset'].replace('/', '_')}_{record['task']}.json", record)
     console.table(results_table(results))
     if shifted:
         console.line("  ".join(f"{name} {value:.2%}" for name, value in records[-1]["metrics"].items()))
@@ -171,6 +175,8 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     place = find_place()
     with reported_errors(place):
+        # What is no run is said before the seconds that torch takes to import.
+        saved_config(arguments.run_dir)
         evaluate(arguments, place)
 
 

@@ -12,9 +12,11 @@ import rich.console
 import rich.progress
 import rich.table
 
+from data.errors import printable_lines
 from trainer.config.sections import LoggingConfig
 from trainer.errors import ConfigError
 from trainer.records import cut_records, end_line, read_records
+from trainer.tables import print_table
 from trainer.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -107,23 +109,23 @@ class Console:
         self._task: rich.progress.TaskID | None = None
 
     def line(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, or several; what they quote from data may hold anything."""
         if not self.enabled:
             return
         if self._progress is not None:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(printable_lines(text), markup=False, emoji=False)
         else:
-            print(text, flush=True)
+            print(printable_lines(text), flush=True)
 
     def table(self, table: rich.table.Table) -> None:
-        """Print a table as wide as it needs to be."""
+        """Print a table; see `trainer.tables`."""
         if self.enabled:
-            self._rich.print(table, crop=False)
+            print_table(table)
 
     def warn(self, text: str) -> None:
         """Print one warning line on stderr."""
         if self.enabled:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(f"warning: {printable_lines(text)}", file=sys.stderr, flush=True)
 
     def start(self, steps: int, done: int) -> None:
         """Show the bar when there is a terminal."""
@@ -133,7 +135,7 @@ class Console:
             rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
             rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.TimeRemainingColumn(),
         ]
         self._progress = rich.progress.Progress(*columns, console=self._rich, refresh_per_second=2)

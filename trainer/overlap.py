@@ -7,12 +7,13 @@ Radford et al., 2021, section 5. Several ranks share the work: `torchrun --nproc
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.paths import path_argument
 from data.writing import try_file, writing_to
+from trainer.config.start import saved_config
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
 
@@ -28,12 +29,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN", help="folder of a training run")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
     parser.add_argument("--distance", type=int, default=4, help="bits of 64 in which two hashes may differ, 0 to 15")
     parser.add_argument("--max_train_samples", type=int, help="compare with the first so many training samples only")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON (default: RUN/evaluation/overlap_step_N.json)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="JSON (default: RUN/evaluation/overlap_step_N.json)"
+    )
     return parser.parse_args(argv)
 
 
@@ -70,7 +73,6 @@ def overlap_figures(hit: np.ndarray, duplicate: np.ndarray) -> dict[str, float]:
 def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     """Hash, match, evaluate, report. Collective."""
     import torch.distributed as dist
-    from rich.table import Table
 
     from data.overlap import hash_pictures, nearest_within
     from trainer.engine.device import select_device
@@ -83,6 +85,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
     from trainer.metrics import Console
     from trainer.pipeline import index_sources, index_store, patience, resolve_workers
     from trainer.ranks.agreement import on_main, together
+    from trainer.tables import make_table
     from trainer.trained import TrainedModel, load_trained, run_config
 
     if not 0 <= arguments.distance <= 15:
@@ -113,8 +116,7 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
 
     console.line("hashing the training pictures")
     _, train_hashes = all_hashes(index_sources(config, place), arguments.max_train_samples)
-    table = Table("set", "overlap", "all", "clean", "overlapping", "gain", "p")
-    records = []
+    records, rows = [], []
     for data in classified:
         embedded = evaluation.embed(model, data, data.test)
         labels = labels_of(embedded, data)
@@ -128,12 +130,12 @@ def find_overlap(arguments: argparse.Namespace, place: Place) -> None:
         records.append({"dataset": data.name, "distance": arguments.distance, "metrics": figures, "duplicates": keys})
         shares = ("overlap", "acc1_all", "acc1_clean", "acc1_overlap", "gain")
         cells = [f"{figures[name]:.2%}" if name in figures else "" for name in shares]
-        table.add_row(data.name, *cells, f"{figures['p_value']:.3g}" if "p_value" in figures else "")
+        rows.append((data.name, *cells, f"{figures['p_value']:.3g}" if "p_value" in figures else ""))
     if place.is_main:
         path = arguments.out or out.with_name(f"overlap_{trained.checkpoint.name}.json")
         with writing_to(path, _ADVICE):
             write_json(path, {"train_samples": len(train_hashes), "sets": records})
-        console.table(table)
+        console.table(make_table(("set", "overlap", "all", "clean", "overlapping", "gain", "p"), rows))
         console.line(f"figures and the keys of near-duplicates in {path}")
 
 
@@ -150,6 +152,8 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     place = find_place()
     with reported_errors(place):
+        # What is no run is said before the seconds that torch takes to import.
+        saved_config(arguments.run_dir)
         find_overlap(arguments, place)
 
 

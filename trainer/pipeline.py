@@ -27,8 +27,8 @@ from data.shards.index_store import (
     load_sources,
 )
 from data.sources import parse_sources
+from models.architectures import HF_PREFIX
 from models.hf_backbone import BUILTIN_PREFIX
-from models.registry import HF_PREFIX
 from trainer.config.ds_config import BatchPlan
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError

@@ -13,6 +13,10 @@ if __name__ == "__main__":
     # Started as a script, Python puts trainer/ first on the path, where its files would shadow other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data.errors import DataError
+from data.paths import given_path
+from trainer.config.ds_config import plan_batch, read_ds_config
+from trainer.config.start import read_run_config, run_ds_config
 from trainer.errors import ConfigError
 from trainer.ranks.launch import find_place
 from trainer.ranks.shutdown import end_process, reported_errors
@@ -46,7 +50,17 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     parser.add_argument("--dry_run", action="store_true", help="resolve everything, print the plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args(argv)
+    for name in ("ds_config", "run_dir", "resume"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, _path(name, getattr(arguments, name)))
     return arguments, _overrides(rest)
+
+
+def _path(name: str, text: str) -> str:
+    try:
+        return given_path(text)
+    except DataError as error:
+        raise ConfigError(f"--{name}: {error}") from None
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:
@@ -89,6 +103,11 @@ def choose_run_dir(given: str | None, resume: str) -> Path | None:
     return path
 
 
+def _folder_name(recipe: str) -> str:
+    """The recipe's name as the name of a folder: it may come from anywhere, and must not lead elsewhere."""
+    return "".join(character if character.isprintable() and character != "/" else "_" for character in recipe)
+
+
 def main(argv: list[str]) -> None:
     """Parse, assemble, train."""
     listen()
@@ -97,12 +116,19 @@ def main(argv: list[str]) -> None:
     place = find_place()
     with reported_errors(place):
         run_dir = choose_run_dir(arguments.run_dir, arguments.resume)
-        from trainer.assemble import assemble, load_run_config
+        config = read_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
+        ds_config = run_ds_config(arguments.ds_config, run_dir, arguments.resume)
+        if ds_config is not None:
+            read_ds_config(ds_config)
+        plan_batch(config, place.world_size)
+        run_dir = run_dir or Path("runs") / f"{_folder_name(config.recipe)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        # After the mistakes that can be told without the seconds which torch takes to import.
+        from trainer.assemble import assemble
+        from trainer.loading import check_method
         from trainer.loop import train
         from trainer.ranks.preemption import ToldToStop
 
-        config = load_run_config(arguments.recipe, run_dir, arguments.resume, overrides)
-        run_dir = run_dir or Path("runs") / f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        config = check_method(config)
         try:
             run = assemble(config, arguments, run_dir, place)
         except ToldToStop:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.paths import path_argument
 from data.writing import try_file, writing_to
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
@@ -39,7 +40,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="text model of transformers: hub name or folder")
+    parser.add_argument(
+        "--model",
+        type=lambda text: str(path_argument(text)),
+        required=True,
+        help="text model of transformers: hub name or folder",
+    )
     parser.add_argument("--recipe", default="protoclip_demo", help="whose data.train is read (default: protoclip_demo)")
     parser.add_argument("--data", metavar="SHARDS", help="other shards than the recipe's")
     parser.add_argument("--dim", type=int, default=64, help="principal components that are kept (default: 64)")
@@ -47,7 +53,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=256, help="captions at a time (default: 256)")
     parser.add_argument("--memory_gib", type=float, default=4.0, help="of a rank; more features go to TMPDIR")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npy file to write")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="the .npy file to write")
     return parser.parse_args(argv)
 
 

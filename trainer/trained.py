@@ -13,8 +13,9 @@ from data.captions.tokenizer import CaptionTokenizer
 from trainer.building import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.config.sections import RunConfig
+from trainer.config.start import saved_config
 from trainer.errors import ConfigError
-from trainer.loading import load_config
+from trainer.loading import check_method
 from trainer.methods import Method
 from trainer.pipeline import build_tokenizer
 from trainer.run_weights import read_averaged
@@ -73,10 +74,7 @@ def run_config(run: Path) -> RunConfig:
     Raises:
         ConfigError: The folder holds no run.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run} has no config.yaml; give the folder of a run (what --run_dir was)")
-    return load_config(str(path))
+    return check_method(saved_config(run))
 
 
 def load_trained(run: Path, step: int | None = None, weights: str = "auto") -> TrainedRun:

@@ -22,6 +22,7 @@ from benchmarks.family.runs import Records, RunKey, control_steps, train, write_
 from benchmarks.family.sets import open_built_in, open_folder
 from benchmarks.processes import Runner, run_in_fresh_process
 from data.errors import DataError
+from data.paths import path_argument
 from data.writing import try_folder
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +34,9 @@ def main(argv: list[str] | None = None, runner: Runner = run_in_fresh_process) -
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.family", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/ and val/")
+    parser.add_argument("--data", type=path_argument, metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--built-in", action="store_true", help="the built-in set, whatever else is there")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=_ROOT / "benchmarks" / "out" / "family")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", default=_ROOT / "benchmarks" / "out" / "family")
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument("--epochs", type=int, default=5, help="of the short runs (default: 5)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -44,10 +44,10 @@ def _check(folder: Path) -> None:
 
 def open_built_in(out: Path) -> Data:
     """The built-in set; its unseen words are the set that no setting is chosen on."""
-    from trainer.assemble import load_run_config
+    from trainer.loading import load_config
     from trainer.pipeline import index_store, project_cache
 
-    config = load_run_config("clip_demo", None, "never", {})
+    config = load_config("clip_demo")
     sources = load_sources(parse_sources(config.data.train, project_cache(config)), index_store(config))
     sets = {name: {"data": entry.data, "tasks": _TASKS} for name, entry in config.eval.sets.items()}
     return Data(

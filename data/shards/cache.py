@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from data.errors import DataError
+from data.paths import expand_path
 from data.writing import writing_to
 
 _ADVICE = "choose another cache folder with data.cache_dir or the environment variable DECLIP_CACHE, or free some space"
@@ -21,15 +22,20 @@ def cache_dir() -> Path:
         DataError: None of them says a folder: in a container the user may have no home.
     """
     explicit = os.environ.get("DECLIP_CACHE")
+    if explicit:
+        try:
+            return Path(expand_path(explicit))
+        except DataError as error:
+            raise DataError(
+                f"there is no folder for caches: DECLIP_CACHE: {error}; or choose one with data.cache_dir"
+            ) from None
     base = os.environ.get("XDG_CACHE_HOME")
     try:
-        if explicit:
-            return Path(explicit).expanduser()
         root = Path(base).expanduser() if base else Path.home() / ".cache"
         return root / "declip-trainer"
     except RuntimeError:
         raise DataError(
-            f"there is no folder for caches: user {os.getuid()} has no home folder for '{explicit or base or '~'}'; "
+            f"there is no folder for caches: user {os.getuid()} has no home folder for '{base or '~'}'; "
             "set HOME, or choose one with data.cache_dir or the environment variable DECLIP_CACHE"
         ) from None
 

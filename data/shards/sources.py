@@ -3,6 +3,7 @@
 import glob
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data.errors import DataError
+from data.paths import expand_path, split_existing
 
 _MAX_SHARDS = 1_000_000
 _MAX_DIGITS = 18
@@ -124,18 +126,33 @@ def local_shards(path: str, pattern: str) -> list[str]:
     Raises:
         DataError: A folder without tars, or a wildcard that matches nothing.
     """
-    path = str(Path(path).expanduser())
-    if Path(path).is_dir():
+    path = str(Path(path))
+    if os.path.isdir(path):  # noqa: PTH112 - a name that is too long is no folder
         found = sorted(str(entry) for entry in Path(path).glob("*.tar"))
         if not found:
             raise DataError(f"the folder {path!r} holds no .tar files; give the folder of the shards, or a pattern")
         return found
-    if _GLOB.search(path) and not Path(path).exists():
-        found = sorted(glob.glob(path))  # noqa: PTH207 - Path.glob cannot take an absolute pattern
+    if _GLOB.search(split_existing(path)[1]):
+        found = _matches(path)
         if not found:
             raise DataError(f"the pattern {pattern!r} matched no file; check the folder and the wildcard")
         return found
     return [path]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that a pattern with wildcards stands for, in order; a part that is there as written is no wildcard."""
+    found = [""]
+    for part in Path(pattern).parts:
+        found = [os.path.join(folder, name) for folder in found for name in _names(folder, part)]  # noqa: PTH118
+    return sorted(found)
+
+
+def _names(folder: str, part: str) -> list[str]:
+    if os.path.lexists(os.path.join(folder, part)):  # noqa: PTH118
+        return [part]
+    # Path.glob would also find names that begin with a dot.
+    return glob.glob(part, root_dir=folder or None) if _GLOB.search(part) else []  # noqa: PTH207
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -144,11 +161,14 @@ def expand_shards(pattern: str) -> list[str]:
     Raises:
         DataError: If it matches nothing, with the pattern in the message.
     """
-    names = expand_braces(pattern)
     if is_remote(pattern):
-        return names
-    shards = [shard for name in names for shard in local_shards(name, pattern)]
-    if not any(Path(shard).exists() for shard in shards):
+        return expand_braces(pattern)
+    folder, rest = split_existing(pattern)
+    names = expand_braces(rest)
+    # As in a shell, a brace may hold whole paths.
+    paths = (expand_path(name) if name.startswith("~") else folder + name for name in names)
+    shards = [shard for path in paths for shard in local_shards(path, pattern)]
+    if not any(map(os.path.exists, shards)):
         what = "matched no existing file" if len(names) > 1 else "does not exist"
         raise DataError(f"data source {pattern!r} {what} (the first name is {shards[0]!r}); check the path")
     return shards

@@ -6,7 +6,7 @@ import pytest
 from benchmarks import train_step
 from benchmarks.processes import Peer, run_inline
 from benchmarks.workload import CAPTION_LENGTHS, CONTEXT_LENGTH, caption_lengths, make_batch, split_batch
-from models.registry import ARCHITECTURES
+from models.architectures import ARCHITECTURES
 
 NAME, SAMPLES = "vit_pico_p8_32", 4
 

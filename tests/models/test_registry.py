@@ -2,7 +2,8 @@ import open_clip
 import pytest
 import torch
 
-from models.registry import ARCHITECTURES, ResNetConfig, VitConfig, build_model, list_architectures
+from models.architectures import ARCHITECTURES, ResNetConfig, VitConfig, list_architectures
+from models.registry import build_model
 
 PARAMETER_COUNTS = {
     "vit_b32": 151_277_313,

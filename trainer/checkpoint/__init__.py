@@ -3,34 +3,30 @@
 `python -m trainer.checkpoint` lists, verifies and consolidates them.
 """
 
-from trainer.checkpoint.folders import (
-    find_checkpoint,
-    list_checkpoints,
-    prune_checkpoints,
-    set_aside,
-    step_of,
-    sweep,
-    verify_checkpoint,
-)
-from trainer.checkpoint.restore import load_checkpoint, load_method_state, read_state
-from trainer.checkpoint.save import save_checkpoint
-from trainer.checkpoint.shards import read_weights
-from trainer.checkpoint.space import prepare_checkpoints
-from trainer.checkpoint.state import TrainerState
+import importlib
+from typing import Any
 
-__all__ = [
-    "TrainerState",
-    "find_checkpoint",
-    "list_checkpoints",
-    "load_checkpoint",
-    "load_method_state",
-    "prepare_checkpoints",
-    "prune_checkpoints",
-    "read_state",
-    "read_weights",
-    "save_checkpoint",
-    "set_aside",
-    "step_of",
-    "sweep",
-    "verify_checkpoint",
-]
+_HOMES = {
+    "TrainerState": "state",
+    "find_checkpoint": "folders",
+    "list_checkpoints": "folders",
+    "load_checkpoint": "restore",
+    "load_method_state": "restore",
+    "prepare_checkpoints": "space",
+    "prune_checkpoints": "folders",
+    "read_state": "restore",
+    "read_weights": "shards",
+    "save_checkpoint": "save",
+    "set_aside": "folders",
+    "step_of": "folders",
+    "sweep": "folders",
+    "verify_checkpoint": "folders",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command's own mistakes and its help need no torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -5,6 +5,8 @@ import datetime
 import sys
 from pathlib import Path
 
+from data.errors import escape_unencodable, printable
+from data.paths import path_argument
 from data.writing import try_file
 from trainer.errors import ConfigError
 from trainer.ranks.shutdown import plain_errors
@@ -34,32 +36,35 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     verify = commands.add_parser("verify", help="compare every byte with the checksums taken when it was written")
     consolidate = commands.add_parser("consolidate", help="write the weights as one safetensors file")
     for command in (listing, verify, consolidate):
-        command.add_argument("run", metavar="RUN", help="folder of the run")
+        command.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
     verify.add_argument("--step", type=int, metavar="N", help="only this checkpoint (default: all)")
     consolidate.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    consolidate.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    consolidate.add_argument("--full_state", metavar="FILE", help="also the optimizer's and the method's state")
+    consolidate.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="the file to write")
+    consolidate.add_argument(
+        "--full_state", type=path_argument, metavar="FILE", help="also the optimizer's and the method's state"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     arguments = parse_arguments(argv)
-    found = _checkpoints(Path(arguments.run), getattr(arguments, "step", None))
+    escape_unencodable()
+    found = _checkpoints(arguments.run, getattr(arguments, "step", None))
     if arguments.command == "list":
         _list(found)
         return 0
     if arguments.command == "verify":
         return _verify(found)
-    _consolidate(found[0], Path(arguments.out), arguments.full_state and Path(arguments.full_state))
+    _consolidate(found[0], arguments.out, arguments.full_state)
     return 0
 
 
 def _checkpoints(run: Path, step: int | None) -> list[Path]:
-    from trainer.checkpoint.folders import list_checkpoints, step_of
-
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder; give the folder of a run")
+    from trainer.checkpoint.folders import list_checkpoints, step_of
+
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise ConfigError(f"{run} has no checkpoints; give the folder of a run (what --run_dir was)")
@@ -73,27 +78,23 @@ def _checkpoints(run: Path, step: int | None) -> list[Path]:
 
 
 def _list(found: list[Path]) -> None:
-    import rich.console
-    import rich.table
-
     from trainer.checkpoint.folders import quick_problems, read_manifest, step_of
+    from trainer.tables import make_table, print_table
 
-    table = rich.table.Table("step", "samples", "world size", "ZeRO", "size", "saved", "state")
+    rows = []
     for folder in found:
         problems = quick_problems(folder)
         try:
             manifest = read_manifest(folder)
         except ValueError as error:
-            table.add_row(str(step_of(folder)), "", "", "", "", "", f"damaged: {error}")
+            rows.append((str(step_of(folder)), "", "", "", "", "", f"damaged: {error}"))
             continue
         size = sum(entry["size"] for entry in manifest["files"].values())
         saved = datetime.datetime.fromtimestamp(manifest.get("saved", 0)).strftime("%Y-%m-%d %H:%M:%S")
         cells = [manifest.get(key, "") for key in ("samples", "world_size", "stage")]
         state = f"damaged: {problems[0]}" if problems else "complete"
-        table.add_row(str(step_of(folder)), *map(str, cells), f"{size / 2**20:.1f} MiB", saved, state)
-    # Wide enough for any row where nobody watches: a log or a pipe has no columns.
-    width = None if sys.stdout.isatty() else 1000
-    rich.console.Console(width=width, highlight=False, markup=False).print(table)
+        rows.append((str(step_of(folder)), *map(str, cells), f"{size / 2**20:.1f} MiB", saved, state))
+    print_table(make_table(("step", "samples", "world size", "ZeRO", "size", "saved", "state"), rows))
 
 
 def _verify(found: list[Path]) -> int:
@@ -103,11 +104,11 @@ def _verify(found: list[Path]) -> int:
     for folder in found:
         problems = verify_alone(folder)
         for problem in problems:
-            print(f"{folder}: {problem}")
+            print(printable(f"{folder}: {problem}", None))
         if problems:
             code = _DAMAGED
         else:
-            print(f"{folder}: every byte is as written")
+            print(printable(f"{folder}: every byte is as written", None))
     return code
 
 
@@ -124,9 +125,9 @@ def _consolidate(folder: Path, out: Path, full_state: Path | None) -> None:
     if problems:
         raise ConfigError(f"checkpoint {folder} is damaged: {problems[0]}; choose another with --step")
     count = consolidate(folder, out, full_state)
-    print(f"wrote {count} tensors of {folder} to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(printable(f"wrote {count} tensors of {folder} to {out} ({out.stat().st_size / 2**20:.1f} MiB)", None))
     if full_state is not None:
-        print(f"wrote the optimizer's and the method's state to {full_state}")
+        print(printable(f"wrote the optimizer's and the method's state to {full_state}", None))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ _UNSUPPORTED_ZERO = (
     "zero_quantized_nontrainable_weights", "mics_shard_size", "elastic_checkpoint", "zenflow",
 )  # fmt: skip
 _MAX_JSON_BYTES = 1 << 20
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In an installed copy inside the package, in a checkout beside it.
+_SHIPPED = next(
+    (folder for folder in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs") if folder.is_dir()), _PACKAGE
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,48 @@ def plan_batch(config: RunConfig, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, share // micro, world_size)
 
 
+def shipped_ds_configs() -> list[str]:
+    """Names of the DeepSpeed configurations that ship with the project, sorted."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+
+
+def find_ds_config(given: str) -> str:
+    """The file that `--ds_config` means: one that is there, else a shipped one, found from any working directory.
+
+    Args:
+        given: A path, or a shipped one as `zero2`, `zero2.json` or `ds_configs/zero2.json`.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    path = Path(given)
+    if os.path.isfile(path):  # noqa: PTH113 - a name that is too long is no file
+        return given
+    name = path.name.removesuffix(".json")
+    if str(path.parent) in (".", "ds_configs") and name in shipped_ds_configs():
+        return str(_SHIPPED / f"{name}.json")
+    close = difflib.get_close_matches(name, shipped_ds_configs(), n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise ConfigError(
+        f"--ds_config {given}: no such file; {hint}give a path or a shipped one: {', '.join(shipped_ds_configs())}"
+    )
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and refuse what no recipe could make right.
+
+    Raises:
+        ConfigError: Not a JSON object, a section that the recipe owns, or one that this trainer does not support.
+    """
+    tree = _read_json(Path(path))
+    for section, owner in _OWNED_BY_RECIPE.items():
+        if section in tree:
+            raise ConfigError(f"{path}: remove '{section}', the recipe's {owner} owns it")
+    _refuse_unsupported(tree, path)
+    _stage(tree.get("zero_optimization", {}), path)
+    return tree
+
+
 def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, precision: str) -> ResolvedDeepSpeed:
     """Read the JSON file and fill it from the recipe.
 
@@ -95,12 +143,8 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
     Raises:
         ConfigError: Missing or invalid file, or a fixed value that contradicts the recipe (both are named).
     """
-    tree = {} if path is None else _read_json(Path(path))
+    tree = {} if path is None else read_ds_config(path)
     source = path or "the default DeepSpeed configuration"
-    for section, owner in _OWNED_BY_RECIPE.items():
-        if section in tree:
-            raise ConfigError(f"{source}: remove '{section}', the recipe's {owner} owns it")
-    _refuse_unsupported(tree, source)
     lowered = precision != "fp32"
     owned = {
         "train_batch_size": (plan.global_batch_size, "train.global_batch_size"),
@@ -156,15 +200,20 @@ def _refuse_unsupported(tree: dict[str, Any], source: str) -> None:
 
 def _describe(tree: dict[str, Any], portable: dict[str, Any], source: str) -> ResolvedDeepSpeed:
     zero = tree.setdefault("zero_optimization", {"stage": 0})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if not isinstance(stage, int) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    stage = _stage(zero, source)
     _check_zero_section(zero, source)
     offload = {name: _offload_device(zero, name, source) for name in ("offload_optimizer", "offload_param")}
     left = _autos(tree)
     if left:
         raise ConfigError(f"{source}: no rule fills '{left[0]}': \"auto\"; write a value or remove the key")
     return ResolvedDeepSpeed(tree, portable, stage, offload["offload_optimizer"] != "none")
+
+
+def _stage(zero: Any, source: str) -> int:
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if not isinstance(stage, int) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    return stage
 
 
 def _check_zero_section(zero: dict[str, Any], source: str) -> None:
@@ -193,13 +242,9 @@ def _offload_device(zero: dict[str, Any], name: str, source: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise ConfigError(
-                f"--ds_config {path}: no such file; the shipped ones are in ds_configs/ (e.g. zero2.json)"
-            )
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ConfigError(f"--ds_config {path}: larger than {_MAX_JSON_BYTES} bytes, no DeepSpeed configuration")
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except ConfigError:
         raise
     except OSError as error:

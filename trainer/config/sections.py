@@ -2,11 +2,31 @@
 
 import difflib
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from data.paths import expand_path
 from trainer.errors import ConfigError
+
+
+def _expand_source(text: str) -> str:
+    prefix, colon, name = text.partition(":")
+    return f"{prefix}:{expand_path(name)}" if colon else text
+
+
+# A path as a user writes it; and `hf:` or `timm:` before a name or a folder.
+PathText = Annotated[str, AfterValidator(expand_path)]
+SourceText = Annotated[str, AfterValidator(_expand_source)]
+_PATH_SETTINGS_OF_METHODS = ("method.external_teacher",)
 
 
 class Section(BaseModel):
@@ -18,9 +38,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Towers. `name` is an architecture of `models.registry`, `timm:<model>` or `hf:<hub name or folder>`."""
 
-    name: str
+    name: SourceText
     # A text tower of transformers, `hf:<hub name or folder>` or `hf:builtin/bert_base`; None: the architecture's own.
-    text_name: str | None = None
+    text_name: SourceText | None = None
     embed_dim: int | None = Field(None, ge=1)
     image_size: int | None = Field(None, ge=8)
     context_length: int = Field(77, ge=4)
@@ -36,9 +56,9 @@ class ModelConfig(Section):
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # Weights to start from: of the whole model, or of the backbones of timm and Hugging Face towers alone.
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     pretrained_format: Literal["auto", "native", "openclip", "openai", "huggingface", "declip", "slip"] = "auto"
-    image_pretrained: bool | str = False
+    image_pretrained: PathText | bool = False
     text_pretrained: bool = False
     lock_image: bool = False
     lock_image_unlocked_groups: int = Field(0, ge=0)
@@ -68,15 +88,15 @@ class DataConfig(Section):
     shuffle_window: int = Field(8192, ge=1)
     lanes: int | Literal["auto"] = "auto"
     # `auto`: CLIP's, or the one that belongs to a Hugging Face text tower. Also `clip` and `hf:<hub name or folder>`.
-    tokenizer: str = Field("auto", pattern="^(auto|clip|hf:.+)$")
+    tokenizer: SourceText = Field("auto", pattern="^(auto|clip|hf:.+)$")
     # CLIP's tokenizer only: DeCLIP's id convention, with a mask token.
     mask_token: bool = False
-    synonyms: str | None = None
+    synonyms: PathText | None = None
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
     max_image_pixels: int = Field(89_478_485, ge=1)
     max_caption_chars: int = Field(4096, ge=1)
     allow_pipe: bool = False
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     cache_gib: float = Field(100.0, gt=0.0)
 
     @field_validator("train", mode="before")
@@ -114,12 +134,12 @@ def _check_weight(name: str, weight: Any) -> float:
 class EvalSet(Section):
     """One evaluation set: a folder in CLIP_benchmark's layout, an image folder, or shards for retrieval only."""
 
-    data: str
+    data: PathText
     tasks: list[Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "bias"]] = ["zero_shot", "retrieval"]
     max_samples: int | None = Field(None, ge=1)
     # A file with one per line, or a list that open_clip ships: `imagenet`; `openai_imagenet`, `simple_imagenet`.
-    class_names: str | None = None
-    templates: str | None = None
+    class_names: PathText | None = None
+    templates: PathText | None = None
     # The bias probe: class names by category, and the key of the .json member that tells a picture's group.
     probe: dict[str, list[str]] = {}
     probe_group: str = "group"
@@ -281,6 +301,19 @@ def validate_section(section: type[Section], values: dict[str, Any], prefix: str
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error, section, prefix)) from None
+
+
+def holds_path(dotted: str) -> bool:
+    """Whether a dotted key is a path, a pattern or a source: text that is not to be read as YAML."""
+    kind: Any = RunConfig
+    for part in dotted.split("."):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = get_type_hints(kind, include_extras=True).get(part)
+        else:
+            # A mapping of names of the user's to sections.
+            kind = next(iter(get_args(kind)[1:]), None)
+    marks = [mark for choice in (kind, *get_args(kind)) for mark in getattr(choice, "__metadata__", ())]
+    return any(isinstance(mark, AfterValidator) for mark in marks) or dotted in _PATH_SETTINGS_OF_METHODS
 
 
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

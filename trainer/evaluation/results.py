@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from trainer.tables import make_table
+
 # CLIP_benchmark's names of the tasks it knows.
 TASK_NAMES = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 _SHOWN = {
@@ -104,14 +106,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def results_table(results: list[SetResult]) -> Table:
     """Sets by figures, in per cent."""
-    table = Table("set", "task", "figure", "%", "samples")
+    rows = []
     for result in results:
         for task, figures in result.tasks.items():
             if task == "bias":
                 for group, shares in figures.items():
                     for category, share in shares.items():
-                        table.add_row(result.name, task, f"{group}: {category}", f"{share:.2%}"[:-1], "")
+                        rows.append((result.name, task, f"{group}: {category}", f"{share:.2%}"[:-1], ""))
                 continue
             for name in _SHOWN.get(task) or figures:
-                table.add_row(result.name, task, name, f"{figures[name]:.2%}"[:-1], str(result.samples))
-    return table
+                rows.append((result.name, task, name, f"{figures[name]:.2%}"[:-1], str(result.samples)))
+    return make_table(("set", "task", "figure", "%", "samples"), rows)

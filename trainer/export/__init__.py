@@ -1,0 +1,3 @@
+"""Models for other libraries."""
+
+FORMATS = ("openclip", "huggingface", "safetensors", "onnx")

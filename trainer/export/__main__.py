@@ -2,9 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from trainer.export.export import FORMATS, check_out, export, load_run
+from data.errors import escape_unencodable, printable
+from data.paths import path_argument
+from trainer.config.start import saved_config
+from trainer.export import FORMATS
 from trainer.ranks.shutdown import plain_errors
 
 _EPILOG = """examples:
@@ -27,10 +29,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/export/<format>-step_<N>)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="folder to write (default: RUN/export/<format>-step_<N>)"
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "trained", "ema"),
@@ -43,12 +47,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Export one checkpoint; returns the exit code."""
     arguments = parse_arguments(argv)
+    escape_unencodable()
+    # What is no run is said before the seconds that torch takes to import.
+    saved_config(arguments.run)
+    from trainer.export.export import check_out, export, load_run
+
     # Before the weights are read.
-    check_out(Path(arguments.out) if arguments.out else Path(arguments.run, "export", "step"))
-    exported = load_run(Path(arguments.run), arguments.step, arguments.weights)
-    out = Path(arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}")
+    check_out(arguments.out or arguments.run / "export" / "step")
+    exported = load_run(arguments.run, arguments.step, arguments.weights)
+    out = arguments.out or exported.run / "export" / f"{arguments.to}-step_{exported.step}"
     export(exported, arguments.to, out)
-    print(f"wrote {arguments.to} of {exported.run} step {exported.step} ({exported.weights} weights) to {out}")
+    wrote = f"wrote {arguments.to} of {exported.run} step {exported.step} ({exported.weights} weights) to {out}"
+    print(printable(wrote, None))
     return 0
 
 

@@ -1,11 +1,16 @@
 """The model card of an export: what was trained, on what, how well, and how to load it."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
+from data.errors import printable
 from trainer.export.exported import Exported
 from trainer.records import read_records
 
+# An underscore within a word means nothing.
+_MARKDOWN = re.compile(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))")
 _FIGURES = {
     "acc1": "zero-shot top-1",
     "acc5": "zero-shot top-5",
@@ -51,14 +56,14 @@ def write_card(exported: Exported, layout: str, path: Path) -> None:
     data = config.data.train
     sources = list(data) if isinstance(data, list | dict) else [data]
     size = sum(parameter.numel() for parameter in model.parameters())
-    text = f" with {config.model.text_name}" if config.model.text_name else ""
+    name = _plain(config.model.name + (f" with {config.model.text_name}" if config.model.text_name else ""))
     rows = {
-        "Recipe": config.recipe,
+        "Recipe": _plain(config.recipe),
         "Method": config.method["name"],
-        "Model": f"{config.model.name}{text}, {size / 1e6:.1f} M parameters, embeddings of width {model.embed_dim}",
+        "Model": f"{name}, {size / 1e6:.1f} M parameters, embeddings of width {model.embed_dim}",
         "Images": f"{model.image_tower.image_size} px, mean {list(model.pixel_mean)}, std {list(model.pixel_std)}",
         "Captions": f"up to {config.model.context_length} tokens",
-        "Data": ", ".join(f"`{source}`" for source in sources),
+        "Data": ", ".join(_code(source) for source in sources),
         "Samples seen": f"{samples:,} in {exported.step:,} of {train.steps:,} steps of {train.global_batch_size:,}",
         "Optimizer": f"{optimizer.name}, lr {optimizer.lr}, weight decay {optimizer.weight_decay}",
         "Weights": "moving average" if exported.weights == "ema" else "as trained",
@@ -67,14 +72,28 @@ def write_card(exported: Exported, layout: str, path: Path) -> None:
     if model.logit_bias is not None:
         rows["Logit bias"] = f"{float(model.logit_bias()):.3f}"
     if config.model.pretrained:
-        rows["Started from"] = f"`{config.model.pretrained}`"
+        rows["Started from"] = _code(config.model.pretrained)
     lines = ["---", f"library_name: {_LIBRARIES.get(layout, 'declip-trainer')}"]
-    lines += ["pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---", "", f"# {config.recipe}", ""]
+    lines += ["pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---", ""]
+    lines += [f"# {rows['Recipe']}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += _figures(exported.run / "metrics.jsonl", exported.step)
     lines += ["## Loading", "", "```python", _LOADING[layout].rstrip(), "```", ""]
     lines += _notes(config, layout)
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a table as elsewhere."""
+    return _MARKDOWN.sub(r"\\\1", html.escape(printable(text, None), quote=False))
+
+
+def _code(text: str) -> str:
+    """Text as code in a table, whatever it holds: the fence is longer than any run of backticks in it."""
+    text = printable(text, None).replace("|", r"\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 _LIBRARIES = {"openclip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}
@@ -95,7 +114,7 @@ def _figures(metrics: Path, step: int) -> list[str]:
     lines += ["| set | " + " | ".join(_FIGURES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for name, record in found.items():
         cells = (f"{100 * record[key]:.2f}" if key in record else "" for key in names)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

@@ -14,7 +14,6 @@ from trainer.export.exported import Exported
 from trainer.trained import load_trained
 
 _ADVICE = "choose another --out"
-FORMATS = ("openclip", "huggingface", "safetensors", "onnx")
 
 
 def load_run(run: Path, step: int | None = None, weights: str = "auto") -> Exported:
@@ -50,7 +49,7 @@ def export(exported: Exported, layout: str, out: Path) -> None:
 
     Args:
         exported: From `load_run`.
-        layout: One of `FORMATS`.
+        layout: One of `trainer.export.FORMATS`.
         out: A folder that does not exist yet.
 
     Raises:

@@ -6,8 +6,8 @@ import torch
 from PIL.Image import Resampling
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
+from models.architectures import HEAD_WIDTH, VitConfig, find_architecture
 from models.clip import ClipModel
-from models.registry import HEAD_WIDTH, VitConfig, find_architecture
 from models.weights.hugging_face_mapping import to_hugging_face
 from trainer.config.sections import RunConfig
 from trainer.errors import ConfigError

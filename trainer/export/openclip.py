@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
+from models.architectures import HEAD_WIDTH, ResNetConfig, VitConfig, find_architecture
 from models.clip import ClipModel
-from models.registry import HEAD_WIDTH, ResNetConfig, VitConfig, find_architecture
 from models.text import TextTransformer
 from models.timm_tower import TimmTower
 from models.weights.fitting import without_mask_token

@@ -19,7 +19,7 @@ from losses.distributed import world_size
 from losses.episode import EXTERNAL, IMAGE, TABLES, TEXT
 from models.clip import ClipModel, LogitScale
 from models.heads import PrototypeHead
-from trainer.config.sections import TrainConfig
+from trainer.config.sections import PathText, TrainConfig
 from trainer.errors import ConfigError
 from trainer.methods.base import BoundedParameter, Method, MethodSettings, TrainingRule
 
@@ -53,7 +53,7 @@ class ProtoclipSettings(MethodSettings):
     target_temperature: float = Field(0.01, ge=0.0)
     normalize_teacher: bool = False
     back_translation: bool = True
-    external_teacher: str | None = None
+    external_teacher: PathText | None = None
     head_dim: int = Field(128, ge=1)
     head_hidden_dim: int = Field(2048, ge=1)
     head_layers: int = Field(1, ge=0)

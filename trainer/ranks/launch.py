@@ -134,7 +134,7 @@ def _port_of_job() -> int:
     if _integer("SLURM_PROCID") == 0 and not _is_free(port):
         raise ConfigError(
             f"port {port}, derived from the SLURM job, is taken on this node; export MASTER_PORT with a free one, or "
-            "start through slurm/launch.sh, which looks for one"
+            "start through slurm/launch.sh of a checkout, which looks for one"
         )
     return port
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from data.errors import printable_lines
 from data.writing import try_folder
 from trainer.ranks.launch import Place
 
@@ -66,6 +67,7 @@ class Output:
 
     def last_words(self, message: str, code: int) -> None:
         """Say why this rank fails; what a thousand ranks have to say alike appears once in the job's log."""
+        message = printable_lines(message)
         print(f"{self._prefix}{message}", file=sys.stderr, flush=True)
         if self._folder is None or not self._is_first(message, code):
             return

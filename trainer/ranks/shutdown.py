@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from data.errors import DataError, LoaderError
+from data.errors import DataError, LoaderError, escape_unencodable, printable_lines
 from data.writing import refusal
 from trainer.errors import ConfigError
 from trainer.ranks.launch import Place
@@ -47,7 +47,7 @@ def last_words(place: Place, message: str, code: int) -> None:
         _output.last_words(message, code)
         return
     prefix = f"rank {place.rank}: " if place.world_size > 1 else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    print(f"{prefix}{printable_lines(message)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -133,6 +133,7 @@ def end_process(main: Callable[[list[str]], None], argv: list[str]) -> None:
     A good end leaves through `os._exit` after the process group is closed, because threads of communication
     libraries can abort a process that is already done.
     """
+    escape_unencodable()
     with plain_errors():
         main(argv)
     _close_process_group()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.paths import path_argument
 from data.writing import os_reason, try_file, writing_to
 from trainer.ranks.launch import Place, find_place
 from trainer.ranks.shutdown import end_process, reported_errors
@@ -15,11 +16,13 @@ _ADVICE = "choose another file with --out"
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m trainer.report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="folders of training runs")
+    parser.add_argument("run_dirs", nargs="+", type=path_argument, metavar="RUN", help="folders of training runs")
     parser.add_argument("--step", type=int, help="whose checkpoint shows examples (default: the newest complete one)")
     parser.add_argument("--curves_only", action="store_true", help="leave the model and its pictures out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="default: report.html in the first run's folder"
+    )
     return parser.parse_args(argv)
 
 

@@ -2,9 +2,11 @@
 
 import functools
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data.errors import printable
 from trainer.report.history import History
 
 _WIDTH, _HEIGHT = 5.4, 3.2
@@ -83,15 +85,21 @@ def _plot(
 
     figure, axes = new_figure(_WIDTH, _HEIGHT)
     for history in histories:
-        axes.plot(*series(history), marker=marker, markersize=3, linewidth=1.3, label=history.name)
+        axes.plot(*series(history), marker=marker, markersize=3, linewidth=1.3, label=_plain(history.name))
     if is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("samples")
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     axes.grid(alpha=0.3)
     if len(histories) > 1:
         axes.legend(fontsize="small")
     return Picture(title, to_svg(figure))
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no formula between dollars, and no label that it would leave out."""
+    text = printable(text, None).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def new_figure(width: float, height: float):
@@ -107,7 +115,9 @@ def to_svg(figure) -> str:
     import matplotlib as mpl
 
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}), warnings.catch_warnings():
+        # The browser has the letters that the font measured with lacks.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return text[text.index("<svg") :]

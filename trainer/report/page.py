@@ -1,5 +1,6 @@
 """The page itself: one HTML file with everything inside, no scripts, no requests."""
 
+import re
 import statistics
 from typing import Any
 
@@ -7,6 +8,8 @@ from trainer.report.curves import all_curves, evaluation_curves
 from trainer.report.history import History
 
 _NOT_FIGURES = {"event", "step", "set", "samples", "unreadable"}
+# Line ends and tabs are the only ones that a page has a use for; the last ones turn the direction of writing.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def render_page(histories: list[History], examples: list[tuple[str, Any]], settings: list[tuple[str, str]]) -> str:
@@ -21,7 +24,11 @@ def render_page(histories: list[History], examples: list[tuple[str, Any]], setti
 
     # Captions and class names come from the data: everything is escaped unless it is a picture made here.
     environment = Environment(
-        loader=PackageLoader("trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("trainer.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_without_controls,
     )
     return environment.get_template("page.html.j2").render(
         title=" / ".join(history.name for history in histories),
@@ -34,6 +41,11 @@ def render_page(histories: list[History], examples: list[tuple[str, Any]], setti
         settings=settings,
         records=[{"name": history.name, "steps": history.steps, "events": history.events} for history in histories],
     )
+
+
+def _without_controls(value: Any) -> Any:
+    # Pictures made here are no longer plain strings.
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], value) if type(value) is str else value
 
 
 def _overview(history: History) -> dict[str, Any]:

@@ -239,13 +239,14 @@ def test_module_runs_and_exits_with_two(tmp_path):
 
 def train_on_a_full_disk(rank: int, world_size: int, recipe: Path, run_dir: Path) -> list[str]:
     """A run whose first and last save find no room, and its continuation."""
-    from trainer.assemble import assemble, load_run_config
+    from trainer.assemble import assemble
+    from trainer.loading import load_config
     from trainer.loop import train
     from trainer.ranks.launch import Place
 
     def start(resume: str, problems: list[str | None]) -> str:
         arguments = argparse.Namespace(ds_config=ds_config(0), resume=resume, dry_run=False)
-        config = load_run_config(str(recipe), run_dir, resume, {})
+        config = load_config(str(recipe))
         run = assemble(config, arguments, run_dir, Place(0, 0, 1, 1, "test"))
         with mock.patch("trainer.checkpoint.save.shortage", side_effect=problems):
             try:

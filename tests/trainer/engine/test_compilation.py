@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from models.registry import ARCHITECTURES, Architecture, TextConfig, VitConfig
+from models.architectures import ARCHITECTURES, Architecture, TextConfig, VitConfig
 from tests.distributed import run_distributed
 from tests.trainer.methods.test_gradients import WIDTH
 from tests.trainer.test_step import build
