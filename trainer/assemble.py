@@ -31,6 +31,7 @@ from trainer.ranks.preemption import STOPPED_EARLY, stop_if_told
 from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
+from trainer.views import sample_transform, unused_augmentations
 
 DEFAULT_RECIPE = "demo"
 
@@ -81,6 +82,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         with torch.device("meta"):
             method = build_method(config, tokenizer)
             method.begin_run(config.train, None)
+        sample_transform(config, method, tokenizer)
         if place.is_main:
             print(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
@@ -259,8 +261,10 @@ def _announce(
         f"batch {plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
         "(micro x accumulation x ranks)"
     )
-    for line in engine.method.describe(plan.global_batch_size):
+    for line in (engine.method.describe_views(), *engine.method.describe(plan.global_batch_size)):
         console.line(line)
+    for name in unused_augmentations(config):
+        console.warn(f"data.augmentation.{name} is not used: method.image_views names no such view")
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -75,7 +76,7 @@ class ImageAugmentation:
         shares = ("shift", *(f"{change}_probability" for change in changes))
         for name, limit in (limits | dict.fromkeys(shares, 1.0)).items():
             value = getattr(self, name)
-            if not 0 <= value <= limit:
+            if not isinstance(value, Real) or not 0 <= value <= limit:
                 raise DataError(f"image augmentation: {name} is {value}, expected a number from 0 to {limit:g}")
         if self.interpolation not in _INTERPOLATIONS:
             expected = ", ".join(_INTERPOLATIONS)
@@ -271,9 +272,9 @@ def _factor(strength: float, rng: np.random.Generator) -> float:
 
 
 def _check_range(name: str, value: tuple[float, float], limit: float) -> None:
-    low, high = value
-    if not 0 < low <= high <= limit:
-        raise DataError(f"image augmentation: {name} is {value}, expected 0 < low <= high <= {limit:g}")
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(edge, Real) for edge in value)
+    if not pair or not 0 < value[0] <= value[1] <= limit:
+        raise DataError(f"image augmentation: {name} is {value}, expected (low, high), 0 < low <= high <= {limit:g}")
 
 
 AUGMENTATIONS = {

@@ -51,7 +51,7 @@ class DataConfig(Section):
     """Shards, order and views. `train` is a path, brace range, list, URL, built-in name or {pattern: weight}."""
 
     train: str | list[str] | dict[str, float]
-    # One augmentation per role a method asks for (`base`, `augmented`): a preset name, or {preset: ..., field: value}.
+    # One augmentation per name in `method.image_views`: the name of a preset, or {preset: ..., field: value}.
     augmentation: dict[str, str | dict[str, Any]] = {}
     workers: int | Literal["auto"] = "auto"
     prefetch: int = Field(4, ge=1)
@@ -65,6 +65,8 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
     max_image_pixels: int = Field(89_478_485, ge=1)
     max_caption_chars: int = Field(4096, ge=1)
+    # Which of several captions of a sample is trained on.
+    caption: Literal["random", "first"] = "random"
     allow_pipe: bool = False
     cache_dir: str | None = None
     cache_gib: float = Field(100.0, gt=0.0)

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from data.sample import MASKED
 from losses import (
     NearestNeighborQueue,
     contrastive_terms,
@@ -47,6 +48,8 @@ class DeclipSettings(MethodSettings):
     mlm_probability: float = Field(0.15, gt=0.0, lt=1.0)
     # True: the masked caption is also the contrastive one (the released code). False: a third, clean text pass.
     mlm_shared_pass: bool = True
+    image_views: tuple[str, ...] = ("augmented", "augmented")
+    text_views: tuple[str, ...] = ("original", "eda")
 
     def weights(self) -> dict[str, float]:
         """The five weights in force."""
@@ -65,12 +68,11 @@ class DeclipMethod(Method):
 
     Settings: ClassVar[type[MethodSettings]] = DeclipSettings
     settings: DeclipSettings
-    image_views = ("augmented", "augmented")
 
     def __init__(self, model: ClipModel, settings: DeclipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)
         self.weights = settings.weights()
-        self.text_views = self._text_views()
+        self._choose_views()
         if self.weights["w_iss"]:
             self.simsiam = SimSiamHead(
                 model.embed_dim,
@@ -91,17 +93,25 @@ class DeclipMethod(Method):
         self._found: tuple[Tensor, Tensor] | None = None
         self._projections: Tensor | None = None
 
-    def _text_views(self) -> tuple[str, ...]:
-        if not self.weights["w_tss"]:
-            return ("original", "eda")
-        return ("masked", "eda") if self.settings.mlm_shared_pass else ("original", "eda", "masked")
+    def _choose_views(self) -> None:
+        """The views that some term reads; the masked caption is the first one, or an unedited third."""
+        pairs = self.weights["w_mvs"] or self.weights["w_nns"]
+        self.image_views = self.settings.image_views[: 2 if pairs or self.weights["w_iss"] else 1]
+        captions = self.settings.text_views[: 2 if pairs else 1]
+        self.num_captions = len(captions)
+        self._masked_view = 0 if self.settings.mlm_shared_pass else self.num_captions
+        if self.weights["w_tss"]:
+            masked = MASKED[captions[0]] if self.settings.mlm_shared_pass else MASKED["original"]
+            captions = (*captions[: self._masked_view], masked, *captions[self._masked_view + 1 :])
+        self.text_views = captions
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features of one micro-batch.
 
         Returns:
-            image_features [2, m, embed_dim], text_features [2, m, embed_dim] (original, EDA), not normalised; with
-            MLM also mlm_rows [n, text width] (states at the masked positions) and mlm_targets int64 [n].
+            image_features [V, m, embed_dim], text_features [K, m, embed_dim], not normalised, V and K 2 (1 where no
+            term reads the second); with MLM also mlm_rows [n, text width] (states at the masked positions) and
+            mlm_targets int64 [n].
         """
         features = self.encode_captions(batch)
         images = self.pixels(batch["images"])
@@ -114,14 +124,14 @@ class DeclipMethod(Method):
         views, size, positions = token_ids.shape
         mlm_rows = batch["text_lengths"].new_empty(0)
         if self.weights["w_tss"]:
-            mlm_rows = batch["mlm_index"] + self.text_views.index("masked") * size * positions
+            mlm_rows = batch["mlm_index"] + self._masked_view * size * positions
         wanted = mlm_rows if more_rows is None else torch.cat([mlm_rows, more_rows])
         text = self.model.encode_text(
             token_ids.flatten(0, 1),
             batch["text_lengths"].flatten(),
             state_rows=wanted if self.weights["w_tss"] or more_rows is not None else None,
         )
-        features = {"text_features": text.features.unflatten(0, (views, size))[:2]}
+        features = {"text_features": text.features.unflatten(0, (views, size))[: self.num_captions]}
         if self.weights["w_tss"]:
             features["mlm_rows"] = text.states[: len(mlm_rows)]
             features["mlm_targets"] = batch["mlm_targets"]
@@ -204,6 +214,11 @@ class DeclipMethod(Method):
     def state_digest(self) -> str:
         """Hash of the queue's rows, pointer and fill."""
         return "" if self.queue is None else self.queue.content_hash()
+
+    def exchanged_per_sample(self) -> tuple[int, int]:
+        """Features of the captions; a masked pass of its own stays on its rank."""
+        features = self.num_captions * self.model.embed_dim
+        return features, features
 
     def describe(self, global_batch_size: int) -> list[str]:
         """Negatives of each contrastive term and the age of the queue."""
