@@ -21,19 +21,18 @@ class _Key(ISeedSequence):
 
 
 def _digest(key: tuple[int | str, ...], size: int) -> bytes:
-    parts = []
-    for part in key:
-        if isinstance(part, str):
-            # The length makes the encoding of a tuple unambiguous: ("a", "b") and ("ab",) differ.
-            parts.append(f"s{len(part)}:{part}")
-        elif type(part) is int:
-            parts.append(f"i{part};")
-        elif isinstance(part, Integral):
-            parts.append(f"i{int(part)};")
-        else:
-            raise TypeError(f"a random key is made of int and str, got {type(part).__name__}")
-    text = "".join(parts).encode("utf-8", "surrogateescape")
+    text = "".join([f"i{part};" if type(part) is int else _encoded(part) for part in key])
+    text = text.encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, digest_size=size, person=b"declip-data").digest()
+
+
+def _encoded(part: int | str) -> str:
+    if isinstance(part, str):
+        # The length makes the encoding of a tuple unambiguous: ("a", "b") and ("ab",) differ.
+        return f"s{len(part)}:{part}"
+    if isinstance(part, Integral):
+        return f"i{int(part)};"
+    raise TypeError(f"a random key is made of int and str, got {type(part).__name__}")
 
 
 def keyed_hash(*key: int | str) -> int:

@@ -30,10 +30,10 @@ def resize_crop(pixels: np.ndarray, box: tuple[int, int, int, int], size: int, i
     """
     left, top, right, bottom = box
     # A copy, because torch does not take read-only memory. Interleaved channels are what its 8-bit kernel is made for.
-    crop = torch.from_numpy(pixels[top:bottom, left:right].copy())
-    planes = crop[None, None] if crop.ndim == 2 else crop.permute(2, 0, 1)[None]
-    resized = F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0]
-    return (resized[0] if crop.ndim == 2 else resized.permute(1, 2, 0)).numpy()
+    crop = pixels[top:bottom, left:right].copy()
+    planes = crop[None, None] if crop.ndim == 2 else crop.transpose(2, 0, 1)[None]
+    resized = F.interpolate(torch.from_numpy(planes), (size, size), mode=interpolation, antialias=True).numpy()[0]
+    return resized[0] if crop.ndim == 2 else resized.transpose(1, 2, 0)
 
 
 def turn_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
