@@ -11,6 +11,7 @@ from data.errors import BadSample, DataError
 from data.image_folder import ImageFolder
 from data.order import GlobalOrder
 from data.rng import keyed_hash
+from data.sample import has_masked
 from data.shards.index_store import IndexedSource, IndexStore
 from data.shards.reader import RawSample, ReadLimits, SampleReader
 
@@ -27,7 +28,7 @@ class Views(Protocol):
 
 
 # (image bytes, captions, (seed, source, epoch, sample)) -> views; raises BadSample. An attribute `text_views` that
-# contains "masked" asks for mlm_index and mlm_targets in the batch; a `context_size` for a crop around all views.
+# has a masked one asks for mlm_index and mlm_targets in the batch; a `context_size` for a crop around all views.
 TrainTransform = Callable[[bytes, list[str], tuple[int | str, ...]], Views]
 
 
@@ -141,7 +142,7 @@ class TrainDataset(_ReadingDataset):
         self.micro_batches_per_step = order.global_batch_size // (micro_batch_size * world_size)
         self._order = order
         self._transform = transform
-        self._masked = "masked" in getattr(transform, "text_views", ())
+        self._masked = has_masked(getattr(transform, "text_views", ()))
         self._in_context = getattr(transform, "context_size", None) is not None
         self._micro_batch_size = micro_batch_size
         self._first_slot = rank * self.micro_batches_per_step * micro_batch_size

@@ -4,23 +4,35 @@ import hashlib
 from numbers import Integral
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUND_CONSTANTS = tuple(np.uint64((number * int(_GOLDEN)) % 2**64) for number in range(1, 9))
 
 
-def _digest(key: tuple[int | str, ...], size: int) -> int:
-    parts = []
-    for part in key:
-        if isinstance(part, str):
-            # The length makes the encoding of a tuple unambiguous: ("a", "b") and ("ab",) differ.
-            parts.append(f"s{len(part)}:{part}")
-        elif isinstance(part, Integral):
-            parts.append(f"i{int(part)};")
-        else:
-            raise TypeError(f"a random key is made of int and str, got {type(part).__name__}")
-    text = "".join(parts).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=size, person=b"declip-data").digest(), "little")
+class _Key(ISeedSequence):
+    """Hands a bit generator its key; without one it would ask the system for entropy, and throw that away."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return self._words
+
+
+def _digest(key: tuple[int | str, ...], size: int) -> bytes:
+    text = "".join([f"i{part};" if type(part) is int else _encoded(part) for part in key])
+    text = text.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=size, person=b"declip-data").digest()
+
+
+def _encoded(part: int | str) -> str:
+    if isinstance(part, str):
+        # The length makes the encoding of a tuple unambiguous: ("a", "b") and ("ab",) differ.
+        return f"s{len(part)}:{part}"
+    if isinstance(part, Integral):
+        return f"i{int(part)};"
+    raise TypeError(f"a random key is made of int and str, got {type(part).__name__}")
 
 
 def keyed_hash(*key: int | str) -> int:
@@ -32,7 +44,7 @@ def keyed_hash(*key: int | str) -> int:
     Returns:
         An integer in [0, 2**64).
     """
-    return _digest(key, 8)
+    return int.from_bytes(_digest(key, 8), "little")
 
 
 def keyed_rng(*key: int | str) -> np.random.Generator:
@@ -44,7 +56,8 @@ def keyed_rng(*key: int | str) -> np.random.Generator:
     Returns:
         A numpy Generator over Philox; equal keys give equal streams, other keys independent ones.
     """
-    return np.random.Generator(np.random.Philox(key=_digest(key, 16)))
+    words = np.frombuffer(_digest(key, 16), dtype="<u8")
+    return np.random.Generator(np.random.Philox(_Key(words)))
 
 
 def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
@@ -59,7 +72,7 @@ def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
     """
     # numpy promises stable streams for bit generators but not for Generator.permutation, and a resumed run
     # may have another numpy: sort raw draws instead.
-    draws = np.random.Philox(key=_digest(key, 16)).random_raw(size)
+    draws = keyed_rng(*key).bit_generator.random_raw(size)
     return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
 
 

@@ -45,6 +45,7 @@ from trainer.ranks.watchdog import Watchdog
 from trainer.recovery import leave_later_branch
 from trainer.state import Run
 from trainer.trackers import try_trackers
+from trainer.views import sample_transform, unused_augmentations
 
 
 def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, place: Place) -> Run | None:
@@ -74,6 +75,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         with torch.device("meta"):
             method = build_method(config, tokenizer)
             method.begin_run(config.train, None)
+        sample_transform(config, method, tokenizer)
         if place.is_main:
             console.line(describe_plan(config, method, resolved, plan, precision))
             for line in load_pretrained(config.model, method.model):
@@ -314,8 +316,10 @@ def _announce(
         f"batch {plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
         "(micro x accumulation x ranks)"
     )
-    for line in engine.method.describe(plan.global_batch_size):
+    for line in (engine.method.describe_views(), *engine.method.describe(plan.global_batch_size)):
         console.line(line)
+    for name in unused_augmentations(config):
+        console.warn(f"data.augmentation.{name} is not used: method.image_views names no such view")
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -3,6 +3,7 @@
 import torch
 
 from data.captions.tokenizer import CaptionTokenizer
+from data.sample import has_masked
 from models.registry import build_model
 from trainer.config.sections import WEIGHT_SETTINGS, RunConfig
 from trainer.errors import ConfigError
@@ -24,7 +25,7 @@ def build_method(config: RunConfig, tokenizer: CaptionTokenizer) -> Method:
     name, settings = parse_method(config.method)
     communication_dtype = torch.bfloat16 if config.train.communication_dtype == "bf16" else None
     method = METHODS[name](model, settings, communication_dtype)
-    if "masked" in method.text_views and tokenizer.mask_id is None:
+    if has_masked(method.text_views) and tokenizer.mask_id is None:
         raise ConfigError(
             f"method {name} masks captions, which needs a mask token: set data.mask_token true (or choose a "
             "data.tokenizer that has one), or method.w_tss 0"

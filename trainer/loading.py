@@ -5,6 +5,7 @@ from typing import Any
 from trainer.config.recipe import read_recipe
 from trainer.config.sections import RunConfig, validate_section
 from trainer.methods import parse_method
+from trainer.views import check_views
 
 
 def load_config(recipe: str, overrides: dict[str, str] | None = None) -> RunConfig:
@@ -32,7 +33,9 @@ def check_method(config: RunConfig) -> RunConfig:
     """The configuration with the settings of its method validated and filled in.
 
     Raises:
-        ConfigError: Unknown method or key, wrong type, value out of range.
+        ConfigError: Unknown method, key or view, wrong type, value out of range.
     """
     name, settings = parse_method(config.method)
-    return config.model_copy(update={"method": {"name": name, **settings.model_dump()}})
+    config = config.model_copy(update={"method": {"name": name, **settings.model_dump()}})
+    check_views(config)
+    return config

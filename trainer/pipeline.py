@@ -1,6 +1,5 @@
 """From the recipe's data section to micro-batches on the device."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ import torch.distributed as dist
 
 from data.captions.tokenizer import CaptionTokenizer, ClipTokenizer
 from data.delivery import Patience
-from data.errors import DataError
-from data.images.augment import AUGMENTATIONS, ImageAugmentation
 from data.loader import TrainLoader, build_train_loader
 from data.sample import SampleTransform, SampleViews
 from data.shards.cache import cache_dir
@@ -37,8 +34,8 @@ from trainer.metrics import BAD_SAMPLES, Console, writable
 from trainer.ranks.agreement import together
 from trainer.ranks.launch import Place
 from trainer.ranks.signals import told_to_stop
+from trainer.views import sample_transform
 
-_DEFAULT_AUGMENTATION = {"base": "clip", "augmented": "moco_v2"}
 _MAX_AUTO_WORKERS = 8
 # They decide the shapes of the text tower's work, which the host has to know without asking the device.
 _ON_HOST = frozenset({"text_lengths", "mlm_index"})
@@ -79,28 +76,6 @@ def tokenizer_name(config: RunConfig) -> str:
         return config.data.tokenizer
     name = config.model.text_name
     return "clip" if name is None or name.startswith(HF_PREFIX + BUILTIN_PREFIX) else name
-
-
-def augmentation(config: RunConfig, role: str) -> ImageAugmentation:
-    """The augmentation a recipe gives to a role (`base`, `augmented`).
-
-    Raises:
-        ConfigError: Unknown preset, field or value.
-    """
-    given = config.data.augmentation.get(role, _DEFAULT_AUGMENTATION[role])
-    fields = {"preset": given} if isinstance(given, str) else dict(given)
-    preset = fields.pop("preset", _DEFAULT_AUGMENTATION[role])
-    if preset not in AUGMENTATIONS:
-        raise ConfigError(f"data.augmentation.{role}: unknown preset '{preset}', use {', '.join(AUGMENTATIONS)}")
-    known = {field.name for field in dataclasses.fields(ImageAugmentation)}
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"data.augmentation.{role}: unknown field '{name}', known: {', '.join(sorted(known))}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    try:
-        return dataclasses.replace(AUGMENTATIONS[preset], **values)
-    except (DataError, TypeError) as error:
-        raise ConfigError(f"data.augmentation.{role}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -149,17 +124,7 @@ class TrainData:
         self._accumulation_steps = plan.accumulation_steps
         self._offset = offset
         self._device = device
-        transform = SampleTransform(
-            tokenizer,
-            tuple(augmentation(config, role) for role in method.image_views),
-            method.text_views,
-            method.model.image_tower.image_size,
-            method.context_size,
-            mask_probability=config.method.get("mlm_probability", 0.15),
-            synonyms_path=config.data.synonyms,
-            max_image_pixels=config.data.max_image_pixels,
-            max_caption_chars=config.data.max_caption_chars,
-        )
+        transform = sample_transform(config, method, tokenizer)
         self.loader: TrainLoader = build_train_loader(
             sources,
             _DrawnAnew(transform) if preview else transform,

@@ -79,7 +79,7 @@ def describe_plan(
         f"  batch: {plan.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation_steps} x {plan.world_size} "
         f"(micro x accumulation x ranks); {precision}; ZeRO {resolved.stage}; {os.cpu_count()} CPU cores"
     )
-    lines += [f"  {line}" for line in method.describe(plan.global_batch_size)]
+    lines += [f"  {line}" for line in (method.describe_views(), *method.describe(plan.global_batch_size))]
     lines.append(
         "  memory per rank, without activations: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())

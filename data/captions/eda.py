@@ -135,5 +135,6 @@ def _swap(words: list[str], rng: np.random.Generator) -> list[str]:
 def _delete(words: list[str], rng: np.random.Generator) -> list[str]:
     if len(words) < 2:
         return words
-    kept = [word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= DELETION_PROBABILITY]
+    draws = rng.random(len(words)).tolist()
+    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= DELETION_PROBABILITY]
     return kept or [words[rng.integers(len(words))]]

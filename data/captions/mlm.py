@@ -45,16 +45,22 @@ def mask_tokens(
     Source paper: Devlin et al. 2019 (BERT), section 3.1, as used by Li et al. 2022 (DeCLIP). Deviation: special ids are
     not drawn as replacements, because an EOT before the real one would move the pooled position.
     """
-    ids = np.asarray(token_ids, dtype=np.int64)
     # One uniform number per token decides both questions: the selected interval is cut into 80, 10 and 10 percent.
-    draws = rng.random(len(ids))
-    random_ids = rng.integers(mask_id if text_ids is None else len(text_ids), size=len(ids))
-    if text_ids is not None:
-        random_ids = text_ids[random_ids]
-    is_text = ids < mask_id if text_ids is None else np.isin(ids, text_ids)
-    selected = (draws < probability) & is_text
+    draws = rng.random(len(token_ids)).tolist()
+    random_ids = rng.integers(mask_id if text_ids is None else len(text_ids), size=len(token_ids))
     masked_below = _MASKED_SHARE * probability
     replaced_below = (_MASKED_SHARE + _REPLACED_SHARE) * probability
-    edited = np.where(draws < masked_below, mask_id, np.where(draws < replaced_below, random_ids, ids))
-    positions = np.flatnonzero(selected)
-    return MaskedTokens(np.where(selected, edited, ids).tolist(), positions.tolist(), ids[positions].tolist())
+    # Captions are short and few of their tokens selected: a loop is cheaper than arrays.
+    selected = [position for position, draw in enumerate(draws) if draw < probability]
+    if text_ids is None:
+        positions = [position for position in selected if token_ids[position] < mask_id]
+    else:
+        random_ids = text_ids[random_ids]
+        positions = [position for position in selected if np.isin(token_ids[position], text_ids)]
+    edited = list(token_ids)
+    for position in positions:
+        if draws[position] < masked_below:
+            edited[position] = mask_id
+        elif draws[position] < replaced_below:
+            edited[position] = int(random_ids[position])
+    return MaskedTokens(edited, positions, [token_ids[position] for position in positions])

@@ -2,16 +2,28 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from numbers import Real
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 from data.errors import DataError
 from data.images.decode import EncodedImage, shrink_factor
 from data.images.pixels import gaussian_blur, resize_crop, turn_hue
 
-__all__ = ["AUGMENTATIONS", "DECODE_MARGIN", "Box", "Cutter", "ImageAugmentation", "align", "eval_view", "random_views"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DECODE_MARGIN",
+    "Box",
+    "Cutter",
+    "ImageAugmentation",
+    "align",
+    "eval_view",
+    "planes",
+    "random_views",
+]
 
 Box = tuple[int, int, int, int]
 
@@ -75,7 +87,7 @@ class ImageAugmentation:
         shares = ("shift", *(f"{change}_probability" for change in changes))
         for name, limit in (limits | dict.fromkeys(shares, 1.0)).items():
             value = getattr(self, name)
-            if not 0 <= value <= limit:
+            if not isinstance(value, Real) or not 0 <= value <= limit:
                 raise DataError(f"image augmentation: {name} is {value}, expected a number from 0 to {limit:g}")
         if self.interpolation not in INTERPOLATIONS:
             expected = ", ".join(INTERPOLATIONS)
@@ -98,13 +110,17 @@ class ImageAugmentation:
         """Whether `distort` may take a pixel to where the crop box does not say it is."""
         return any((self.rotation, self.shift, self.flip_probability))
 
+    @cached_property
+    def _log_ratio(self) -> tuple[float, float]:
+        return tuple(np.log(self.crop_ratio).tolist())
+
     def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
         """Draws the crop (left, top, right, bottom) in a picture of size (width, height)."""
         width, height = size
-        low, high = np.log(self.crop_ratio)
+        low, high = self._log_ratio
         for _ in range(_CROP_ATTEMPTS):
-            area = width * height * rng.uniform(*self.crop_scale)
-            ratio = math.exp(rng.uniform(low, high))
+            area = width * height * _uniform(rng, *self.crop_scale)
+            ratio = math.exp(_uniform(rng, low, high))
             crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 left = int(rng.integers(width - crop_width + 1))
@@ -113,14 +129,14 @@ class ImageAugmentation:
         return _centre_box(size, self.crop_ratio)
 
     def distort(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Applies everything after the crop to an RGB picture of the output size."""
+        """Applies everything after the crop to a picture of the output size, RGB or gray (L)."""
         image = self._move(image, rng)
         if self.jitter_probability and rng.random() < self.jitter_probability:
             image = self._jitter(image, rng)
         if self.grayscale_probability and rng.random() < self.grayscale_probability:
-            image = image.convert("L").convert("RGB")
+            image = image.convert("L").convert(image.mode)
         if self.blur_probability and rng.random() < self.blur_probability:
-            image = Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(*self.blur_sigma)))
+            image = _image(gaussian_blur(_pixels(image), _uniform(rng, *self.blur_sigma)))
         if self.solarize_probability and rng.random() < self.solarize_probability:
             image = ImageOps.solarize(image)
         if self.flip_probability and rng.random() < self.flip_probability:
@@ -130,23 +146,23 @@ class ImageAugmentation:
     def _move(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if not self.rotation and not self.shift:
             return image
-        angle = rng.uniform(-self.rotation, self.rotation)
-        offset = tuple(rng.uniform(-self.shift, self.shift, size=2) * image.size)
-        background = image.getpixel((0, 0))
-        return image.rotate(angle, Image.Resampling.BICUBIC, translate=offset, fillcolor=background)
+        angle = _uniform(rng, -self.rotation, self.rotation)
+        offset = tuple(_uniform(rng, -self.shift, self.shift) * side for side in image.size)
+        matrix, background = _turn(image.size, angle, offset), image.getpixel((0, 0))
+        return image.transform(
+            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=background
+        )
 
     def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        changes = (
-            (ImageEnhance.Brightness, _factor(self.brightness, rng)),
-            (ImageEnhance.Contrast, _factor(self.contrast, rng)),
-            (ImageEnhance.Color, _factor(self.saturation, rng)),
-            (_Hue, rng.uniform(-self.hue, self.hue)),
+        amounts = (
+            _factor(self.brightness, rng),
+            _factor(self.contrast, rng),
+            _factor(self.saturation, rng),
+            _uniform(rng, -self.hue, self.hue),
         )
-        neutral = (1.0, 1.0, 1.0, 0.0)
-        for index in rng.permutation(len(changes)):
-            change, amount = changes[index]
-            if amount != neutral[index]:
-                image = change(image).enhance(amount)
+        for index in rng.permutation(len(amounts)).tolist():
+            if amounts[index] != _NEUTRAL[index]:
+                image = _CHANGES[index](image, amounts[index])
         return image
 
 
@@ -172,8 +188,7 @@ def random_views(
     """
     pairs = list(zip(augmentations, generators, strict=True))
     boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
-    cutter = Cutter(encoded, boxes, image_size)
-    return np.stack([cutter.view(box, image_size, *pair) for box, pair in zip(boxes, pairs, strict=True)])
+    return Cutter(encoded, boxes, image_size).views(pairs)
 
 
 class Cutter:
@@ -181,8 +196,8 @@ class Cutter:
 
     Args:
         encoded: The checked picture.
-        boxes: The crops that will be resized to `image_size`, in its own pixels.
-        image_size: Side of their square output.
+        boxes: The crop of each view, in its own pixels.
+        image_size: Side of the square views.
 
     Raises:
         BadSample: Truncated or damaged picture.
@@ -190,26 +205,31 @@ class Cutter:
 
     def __init__(self, encoded: EncodedImage, boxes: list[Box], image_size: int):
         smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
-        self._size = encoded.size
+        self._size, self._boxes, self._image_size = encoded.size, boxes, image_size
         self._factor = shrink_factor(smallest / (DECODE_MARGIN * image_size))
-        self._image = encoded.decode(self._factor)
-        self._scale = self._factor if self._image.size != encoded.size else 1
+        # A gray picture is one plane until the end: what is done to it would do the same to three.
+        image = encoded.decode(self._factor, keep_gray=True)
+        self._pixels = _pixels(image)
+        self._scale = self._factor if image.size != encoded.size else 1
 
     def aligned(self, box: Box) -> Box:
         """The pixels of the original picture that `cut` takes for a box."""
         return align(box, self._size, self._factor)
 
     def cut(self, box: Box, size: int, interpolation: str) -> np.ndarray:
-        """Returns a box as uint8 [size, size, 3]."""
+        """Returns a box as uint8 [size, size, 3], or [size, size] of a gray picture."""
         box = tuple(-(-edge // self._scale) for edge in self.aligned(box))
-        return resize_crop(self._image, box, size, interpolation)
+        return resize_crop(self._pixels, box, size, interpolation)
 
-    def view(self, box: Box, size: int, augmentation: ImageAugmentation, rng: np.random.Generator) -> np.ndarray:
-        """Returns a box as a random view, uint8 [3, size, size]."""
-        pixels = self.cut(box, size, augmentation.interpolation)
-        if augmentation.distorts:
-            pixels = np.asarray(augmentation.distort(Image.fromarray(pixels), rng))
-        return pixels.transpose(2, 0, 1)
+    def views(self, pairs: list[tuple[ImageAugmentation, np.random.Generator]]) -> np.ndarray:
+        """Returns the crops as random views, uint8 [V, 3, image_size, image_size]; each has its pair."""
+        views = np.empty((len(pairs), 3, self._image_size, self._image_size), dtype=np.uint8)
+        for view, box, (augmentation, rng) in zip(views, self._boxes, pairs, strict=True):
+            pixels = self.cut(box, self._image_size, augmentation.interpolation)
+            if augmentation.distorts:
+                pixels = _pixels(augmentation.distort(_image(pixels), rng))
+            view[:] = planes(pixels)
+        return views
 
 
 def eval_view(image: Image.Image, image_size: int, resize_size: int, interpolation: str = "bicubic") -> np.ndarray:
@@ -257,24 +277,78 @@ def _centre_box(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
     return left, top, left + max(1, crop_width), top + max(1, crop_height)
 
 
-class _Hue:
-    """Turns the hue, called as Pillow's enhancers are."""
+def planes(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] as [3, H, W]; [H, W] as [1, H, W]."""
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def __init__(self, image: Image.Image) -> None:
-        self._image = image
 
-    def enhance(self, turn: float) -> Image.Image:
-        return Image.fromarray(turn_hue(np.asarray(self._image), turn))
+# Image.fromarray and np.asarray find out in many steps what is known here: mode L or RGB.
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    mode = "L" if pixels.ndim == 2 else "RGB"
+    return Image.frombuffer(mode, pixels.shape[1::-1], pixels.tobytes(), "raw", mode, 0, 1)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    width, height = image.size
+    shape = (height, width) if image.mode == "L" else (height, width, 3)
+    return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(shape)
+
+
+def _turn(size: tuple[int, int], angle: float, offset: tuple[float, float]) -> tuple[float, ...]:
+    """Where the pixels of a picture come from that is turned around its centre and moved, as Image.rotate has it."""
+    radians = -math.radians(angle % 360.0)
+    cos, sin = round(math.cos(radians), 15), round(math.sin(radians), 15)
+    x, y = size[0] / 2, size[1] / 2
+    left, up = -x - offset[0], -y - offset[1]
+    return cos, sin, cos * left + sin * up + x, -sin, cos, -sin * left + cos * up + y
+
+
+# Pillow's ImageEnhance in fewer steps, byte for byte.
+
+
+@lru_cache(maxsize=4)
+def _black(mode: str, size: tuple[int, int]) -> Image.Image:
+    return Image.new(mode, size)
+
+
+def _brightness(image: Image.Image, factor: float) -> Image.Image:
+    return Image.blend(_black(image.mode, image.size), image, factor)
+
+
+def _contrast(image: Image.Image, factor: float) -> Image.Image:
+    gray = image if image.mode == "L" else image.convert("L")
+    pixels = np.frombuffer(gray.tobytes(), dtype=np.uint8)
+    mean = int(int(pixels.sum()) / len(pixels) + 0.5)
+    return Image.blend(Image.new(image.mode, image.size, (mean,) * len(image.mode)), image, factor)
+
+
+def _saturation(image: Image.Image, factor: float) -> Image.Image:
+    return image if image.mode == "L" else Image.blend(image.convert("L").convert("RGB"), image, factor)
+
+
+def _hue(image: Image.Image, turn: float) -> Image.Image:
+    return image if image.mode == "L" else _image(turn_hue(_pixels(image), turn))
+
+
+_CHANGES = (_brightness, _contrast, _saturation, _hue)
+_NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """As rng.uniform, whose preparations cost more than the draw."""
+    return low + (high - low) * rng.random()
 
 
 def _factor(strength: float, rng: np.random.Generator) -> float:
-    return rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
+    return _uniform(rng, max(0.0, 1.0 - strength), 1.0 + strength)
 
 
 def _check_range(name: str, value: tuple[float, float], limit: float) -> None:
-    low, high = value
-    if not 0 < low <= high <= limit:
-        raise DataError(f"image augmentation: {name} is {value}, expected 0 < low <= high <= {limit:g}")
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(edge, Real) for edge in value)
+    if not pair or not 0 < value[0] <= value[1] <= limit:
+        raise DataError(f"image augmentation: {name} is {value}, expected (low, high), 0 < low <= high <= {limit:g}")
 
 
 AUGMENTATIONS = {

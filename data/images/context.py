@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.images.augment import Box, Cutter, ImageAugmentation
+from data.images.augment import Box, Cutter, ImageAugmentation, planes
 from data.images.decode import EncodedImage
 
 __all__ = ["ContextViews", "enclosing_box", "views_in_context"]
@@ -67,7 +67,8 @@ def views_in_context(
     boxes = [augmentation.crop_box(encoded.size, rng) for augmentation, rng in pairs]
     around = enclosing_box(encoded.size, boxes, context_rng)
     cutter = Cutter(encoded, boxes, image_size)
-    views = np.stack([cutter.view(box, image_size, *pair) for box, pair in zip(boxes, pairs, strict=True)])
-    context = cutter.cut(around, context_size, augmentations[0].interpolation).transpose(2, 0, 1)
+    views = cutter.views(pairs)
+    context = np.empty((3, context_size, context_size), dtype=np.uint8)
+    context[:] = planes(cutter.cut(around, context_size, augmentations[0].interpolation))
     # Rounding edges keeps their order, so that the aligned boxes still lie in the aligned context.
     return ContextViews(views, context, np.array([cutter.aligned(box) for box in (around, *boxes)]))

@@ -40,12 +40,13 @@ class EncodedImage:
         width, height = image.size
         self.size = (height, width) if self._orientation in _TRANSPOSED_ORIENTATIONS else (width, height)
 
-    def decode(self, shrink: float = 1.0) -> Image.Image:
+    def decode(self, shrink: float = 1.0, keep_gray: bool = False) -> Image.Image:
         """Decodes to RGB: first frame, upright, transparency composited on white, 16 bits scaled to 8.
 
         Args:
             shrink: the result may be smaller than `size` by up to this factor. JPEG decodes 2, 4 or 8 times smaller at
                 a fraction of the cost; other formats ignore it.
+            keep_gray: return a picture that is stored as one opaque channel of 8 bits as such, in mode L.
 
         Raises:
             BadSample: truncated or damaged data.
@@ -57,7 +58,8 @@ class EncodedImage:
                 self._image.draft("RGB", (max(1, width // factor), max(1, height // factor)))
             self._image.load()
             # Colours first: a palette picture turned round would lose its transparency.
-            image = _to_rgb(self._image)
+            gray = keep_gray and self._image.mode == "L" and "transparency" not in self._image.info
+            image = self._image if gray else _to_rgb(self._image)
             return image.transpose(_UPRIGHT[self._orientation]) if self._orientation in _UPRIGHT else image
         except Exception as error:  # any parser error: see open_image
             raise BadSample(_reason("damaged image", error)) from error

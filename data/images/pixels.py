@@ -4,11 +4,11 @@ Results do not depend on the processor: the resize is integer arithmetic, and th
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 __all__ = ["gaussian_blur", "resize_crop", "turn_hue"]
 
@@ -16,22 +16,24 @@ __all__ = ["gaussian_blur", "resize_crop", "turn_hue"]
 _BLUR_SIGMAS = 3.0
 
 
-def resize_crop(image: Image.Image, box: tuple[int, int, int, int], size: int, interpolation: str) -> np.ndarray:
+def resize_crop(pixels: np.ndarray, box: tuple[int, int, int, int], size: int, interpolation: str) -> np.ndarray:
     """Cuts out a box and resizes it with an antialiasing filter, in step with Pillow's `resize`.
 
     Args:
-        image: RGB picture.
+        pixels: uint8 [H, W, 3] or [H, W], a picture.
         box: (left, top, right, bottom) in whole pixels, not empty.
         size: Side of the square output.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        uint8 [size, size, 3].
+        uint8 [size, size, 3] or [size, size].
     """
+    left, top, right, bottom = box
     # A copy, because torch does not take read-only memory. Interleaved channels are what its 8-bit kernel is made for.
-    crop = torch.from_numpy(np.array(image.crop(box)))
-    planes = crop.permute(2, 0, 1)[None]
-    return F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    crop = pixels[top:bottom, left:right].copy()
+    planes = crop[None, None] if crop.ndim == 2 else crop.transpose(2, 0, 1)[None]
+    resized = F.interpolate(torch.from_numpy(planes), (size, size), mode=interpolation, antialias=True).numpy()[0]
+    return resized[0] if crop.ndim == 2 else resized.transpose(1, 2, 0)
 
 
 def turn_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
@@ -64,18 +66,25 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     """Blurs with a Gaussian, beyond the edges of which the outermost pixels go on.
 
     Args:
-        pixels: uint8 [H, W, 3].
+        pixels: uint8 [H, W, 3] or [H, W].
         sigma: Standard deviation in pixels, above 0.
 
     Returns:
-        uint8 [H, W, 3].
+        uint8, of the same shape.
     """
     radius = math.ceil(_BLUR_SIGMAS * sigma)
     weights = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     weights = (weights / (2 * weights.sum() - weights[0])).astype(np.float32)
-    padded = np.pad(pixels, ((radius, radius), (radius, radius), (0, 0)), mode="edge").astype(np.float32)
-    rows = _convolve(padded, weights, pixels.shape[0])
-    return np.rint(_convolve(rows.swapaxes(0, 1), weights, pixels.shape[1])).swapaxes(0, 1).astype(np.uint8)
+    height, width = pixels.shape[:2]
+    rows = _convolve(pixels.astype(np.float32)[_beyond_edges(height, radius)], weights, height)
+    columns = _convolve(rows.swapaxes(0, 1)[_beyond_edges(width, radius)], weights, width)
+    return np.rint(columns).swapaxes(0, 1).astype(np.uint8)
+
+
+@lru_cache(maxsize=64)
+def _beyond_edges(length: int, radius: int) -> np.ndarray:
+    """Places along an axis, the outermost ones repeated."""
+    return np.clip(np.arange(-radius, length + radius), 0, length - 1)
 
 
 def _convolve(padded: np.ndarray, weights: np.ndarray, length: int) -> np.ndarray:

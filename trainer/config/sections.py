@@ -81,7 +81,7 @@ class DataConfig(Section):
     """
 
     train: str | list[str] | dict[str, float | dict[str, Any]]
-    # One augmentation per role a method asks for (`base`, `augmented`): a preset name, or {preset: ..., field: value}.
+    # One augmentation per name in `method.image_views`: the name of a preset, or {preset: ..., field: value}.
     augmentation: dict[str, str | dict[str, Any]] = {}
     workers: int | Literal["auto"] = "auto"
     prefetch: int = Field(4, ge=1)
@@ -95,6 +95,8 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
     max_image_pixels: int = Field(89_478_485, ge=1)
     max_caption_chars: int = Field(4096, ge=1)
+    # Which of several captions of a sample is trained on.
+    caption: Literal["random", "first"] = "random"
     allow_pipe: bool = False
     cache_dir: PathText | None = None
     cache_gib: float = Field(100.0, gt=0.0)

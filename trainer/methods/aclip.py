@@ -34,6 +34,7 @@ class AclipSettings(MethodSettings):
     head_hidden_dim: int = Field(4096, ge=1)
     head_out_dim: int = Field(256, ge=1)
     head_bn: Literal["sync", "local"] = "sync"
+    image_views: tuple[str, ...] = ("augmented", "augmented")
 
 
 class AclipMethod(Method):
@@ -51,8 +52,6 @@ class AclipMethod(Method):
     Settings: ClassVar[type[MethodSettings]] = AclipSettings
     settings: AclipSettings
     feature_dims: ClassVar[dict[str, int]] = {**Method.feature_dims, "pooled_features": 1}
-
-    image_views = ("augmented", "augmented")
 
     def __init__(self, model: ClipModel, settings: AclipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from losses import normalize
@@ -13,12 +13,45 @@ from models.clip import ClipModel
 from trainer.config.sections import Section, TrainConfig
 from trainer.methods.gradient_cache import encode_micro_batches
 
+CAPTION_EDITS = ("original", "eda")
+
 
 class MethodSettings(Section):
-    """Settings shared by all methods: the stored log temperature is projected onto these bounds after each step."""
+    """Settings shared by all methods: bounds of the temperature, and what its views are.
+
+    The stored log temperature is projected onto its bounds after each step. `image_views` names the augmentation of
+    each image view (`base`, `augmented`, or another that `data.augmentation` defines), `text_views` the edit of each
+    caption (`CAPTION_EDITS`). A method has as many of each as its defaults, which are the published choice.
+    """
 
     logit_scale_min: float = 0.0
     logit_scale_max: float = Field(math.log(100.0), le=math.log(300.0))
+    image_views: tuple[str, ...] = ("base",)
+    text_views: tuple[str, ...] = ("original",)
+
+    @field_validator("image_views", "text_views", mode="before")
+    @classmethod
+    def _list_one(cls, views: Any) -> Any:
+        return (views,) if isinstance(views, str) else views
+
+    @field_validator("image_views", "text_views")
+    @classmethod
+    def _check_views(cls, views: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        published = cls.model_fields[info.field_name].default
+        if len(views) != len(published):
+            raise ValueError(
+                f"got {len(views)} of them, [{', '.join(views)}], but the method has {len(published)}: give as many, "
+                f"for example [{', '.join(published)}]"
+            )
+        if info.field_name == "text_views" and "masked" in views:
+            raise ValueError(
+                "'masked' is no choice, masking belongs to masked language modelling (method.w_tss and "
+                "method.mlm_shared_pass of declip and defilip); use original or eda"
+            )
+        unknown = [view for view in views if view not in CAPTION_EDITS]
+        if info.field_name == "text_views" and unknown:
+            raise ValueError(f"unknown edit '{unknown[0]}'; use {' or '.join(CAPTION_EDITS)}")
+        return views
 
 
 @dataclass(frozen=True)
@@ -63,8 +96,9 @@ class Method(nn.Module):
     What `encode` needs that has no gradient comes from `prepare`, which the gradient cache does not repeat.
 
     Attributes:
-        image_views: Augmentation role of each image view, in order (`base`, `augmented`).
-        text_views: Kind of each text view, in order (`original`, `eda`, `masked`).
+        image_views: Name of the augmentation of each image view that is computed, in order; the settings', unless a
+            method leaves out what none of its terms reads.
+        text_views: Kind of each text view, in order, see `data.sample.TEXT_VIEWS`; likewise.
         has_global_embeddings: Whether the model's own features are trained to be compared, as exports need them.
         context_size: Side in pixels of one more crop, around all image views; None for none.
         needs_places: Whether batches hold `position` and `sample_index`, places in the order and among the samples.
@@ -74,8 +108,6 @@ class Method(nn.Module):
     # Along which dimension the gradient cache joins each feature tensor; 0 unless named here.
     feature_dims: ClassVar[dict[str, int]] = {"image_features": 1, "text_features": 1}
 
-    image_views: tuple[str, ...] = ("base",)
-    text_views: tuple[str, ...] = ("original",)
     has_global_embeddings: bool = True
     context_size: int | None = None
     needs_places: bool = False
@@ -85,6 +117,7 @@ class Method(nn.Module):
         self.model = model
         self.settings = settings
         self.communication_dtype = communication_dtype
+        self.image_views, self.text_views = settings.image_views, settings.text_views
         # Not persistent: constants of the data, not of the model.
         self.register_buffer("pixel_mean", torch.tensor(model.pixel_mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(model.pixel_std).view(3, 1, 1) * 255.0, persistent=False)
@@ -210,9 +243,12 @@ class Method(nn.Module):
 
     def exchanged_per_sample(self) -> tuple[int, int]:
         """For the plan: numbers that ranks gather per sample in the forward, and reduce per sample in the backward."""
-        # A third, masked pass (mlm_shared_pass false) stays on its rank; every other text view is gathered.
-        features = min(len(self.text_views), 2) * self.model.embed_dim
+        features = len(self.text_views) * self.model.embed_dim
         return features, features
+
+    def describe_views(self) -> str:
+        """A line for the log: what is computed of each sample."""
+        return f"views: images {', '.join(self.image_views)}; captions {', '.join(self.text_views)}"
 
     def describe(self, global_batch_size: int) -> list[str]:
         """Lines for the log: how many negatives each term sees."""

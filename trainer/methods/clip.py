@@ -19,8 +19,6 @@ class ClipMethod(Method):
     """
 
     Settings: ClassVar[type[MethodSettings]] = ClipSettings
-    image_views = ("base",)
-    text_views = ("original",)
 
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The symmetric InfoNCE of the global batch, this rank's share."""

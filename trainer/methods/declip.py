@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from data.sample import MASKED
 from losses import (
     NearestNeighborQueue,
     contrastive_terms,
@@ -55,6 +56,8 @@ class DeclipSettings(MethodSettings):
     mlm_probability: float = Field(0.15, gt=0.0, lt=1.0)
     # True: the masked caption is also the contrastive one (the released code). False: a third, clean text pass.
     mlm_shared_pass: bool = True
+    image_views: tuple[str, ...] = ("augmented", "augmented")
+    text_views: tuple[str, ...] = ("original", "eda")
 
     @model_validator(mode="after")
     def _check_queue(self) -> Self:
@@ -81,12 +84,11 @@ class DeclipMethod(Method):
 
     Settings: ClassVar[type[MethodSettings]] = DeclipSettings
     settings: DeclipSettings
-    image_views = ("augmented", "augmented")
 
     def __init__(self, model: ClipModel, settings: DeclipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)
         self.weights = settings.weights()
-        self.text_views = self._text_views()
+        self._choose_views()
         if self.weights["w_iss"]:
             self.simsiam = SimSiamHead(
                 model.embed_dim,
@@ -116,17 +118,25 @@ class DeclipMethod(Method):
         if self.queue is not None and self.settings.nns_warmup == "random":
             self.queue.restart(train.seed)
 
-    def _text_views(self) -> tuple[str, ...]:
-        if not self.weights["w_tss"]:
-            return ("original", "eda")
-        return ("masked", "eda") if self.settings.mlm_shared_pass else ("original", "eda", "masked")
+    def _choose_views(self) -> None:
+        """The views that some term reads; the masked caption is the first one, or an unedited third."""
+        pairs = self.weights["w_mvs"] or self.weights["w_nns"]
+        self.image_views = self.settings.image_views[: 2 if pairs or self.weights["w_iss"] else 1]
+        captions = self.settings.text_views[: 2 if pairs else 1]
+        self.num_captions = len(captions)
+        self._masked_view = 0 if self.settings.mlm_shared_pass else self.num_captions
+        if self.weights["w_tss"]:
+            masked = MASKED[captions[0]] if self.settings.mlm_shared_pass else MASKED["original"]
+            captions = (*captions[: self._masked_view], masked, *captions[self._masked_view + 1 :])
+        self.text_views = captions
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features of one micro-batch.
 
         Returns:
-            image_features [2, m, embed_dim], text_features [2, m, embed_dim] (original, EDA), not normalised; with
-            MLM also mlm_rows [n, text width] (states at the masked positions) and mlm_targets int64 [n].
+            image_features [V, m, embed_dim], text_features [K, m, embed_dim], not normalised, V and K 2 (1 where no
+            term reads the second); with MLM also mlm_rows [n, text width] (states at the masked positions) and
+            mlm_targets int64 [n].
         """
         features = self.encode_captions(batch)
         images = self.pixels(batch["images"])
@@ -139,14 +149,14 @@ class DeclipMethod(Method):
         views, size, positions = token_ids.shape
         mlm_rows = batch["text_lengths"].new_empty(0)
         if self.weights["w_tss"]:
-            mlm_rows = batch["mlm_index"] + self.text_views.index("masked") * size * positions
+            mlm_rows = batch["mlm_index"] + self._masked_view * size * positions
         wanted = mlm_rows if more_rows is None else torch.cat([mlm_rows, more_rows])
         text = self.model.encode_text(
             token_ids.flatten(0, 1),
             batch["text_lengths"].flatten(),
             state_rows=wanted if self.weights["w_tss"] or more_rows is not None else None,
         )
-        features = {"text_features": text.features.unflatten(0, (views, size))[:2]}
+        features = {"text_features": text.features.unflatten(0, (views, size))[: self.num_captions]}
         if self.weights["w_tss"]:
             features["mlm_rows"] = text.states[: len(mlm_rows)]
             features["mlm_targets"] = batch["mlm_targets"]
@@ -278,6 +288,8 @@ class DeclipMethod(Method):
         return lines
 
     def exchanged_per_sample(self) -> tuple[int, int]:
-        """Captions' features both ways; vectors of the neighbours forward, where their slots say nothing elsewhere."""
-        gathered, reduced = super().exchanged_per_sample()
-        return gathered + (2 * self.model.embed_dim if self._queue_is_local else 0), reduced
+        """Captions' features both ways, but of a masked pass of its own, which stays on its rank; forward also vectors
+        of the neighbours, where their slots say nothing elsewhere.
+        """
+        features = self.num_captions * self.model.embed_dim
+        return features * (2 if self._queue_is_local else 1), features

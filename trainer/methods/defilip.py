@@ -41,11 +41,12 @@ class DefilipMethod(ComparesTokens, DeclipMethod):
         features["text_tokens"] = self.alignment.text_tokens(features.pop("more_states"))
         features["token_counts"] = lengths
         # One pass each: that of the second view stops at its class token.
-        first, second = self.pixels(batch["images"])
-        keys = batch.get("view_keys", (None, None))
-        first_features, states = self.model.encode_image_tokens(first, keys[0])
+        first, *others = self.pixels(batch["images"])
+        key, *other_keys = batch.get("view_keys", (None, None)[: 1 + len(others)])
+        first_features, states = self.model.encode_image_tokens(first, key)
         features["image_tokens"] = self.alignment.image_tokens(states)
-        features["image_features"] = torch.stack([first_features, self.model.encode_image(second, keys[1])])
+        other_features = map(self.model.encode_image, others, other_keys)
+        features["image_features"] = torch.stack([first_features, *other_features])
         return features
 
     def objective(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

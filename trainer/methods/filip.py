@@ -168,8 +168,6 @@ class FilipMethod(ComparesTokens):
 
     Settings: ClassVar[type[MethodSettings]] = FilipSettings
     settings: FilipSettings
-    image_views = ("base",)
-    text_views = ("original",)
 
     def __init__(self, model: ClipModel, settings: FilipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)

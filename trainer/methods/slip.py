@@ -13,7 +13,7 @@ from trainer.methods.base import Method, MethodSettings
 
 
 class SlipSettings(MethodSettings):
-    """Term weights and SimCLR's head; `w_simclr: 0` drops the two augmented views and the head."""
+    """Term weights and SimCLR's head; `w_simclr: 0` drops the two views of SimCLR, the last ones, and the head."""
 
     w_clip: float = Field(1.0, gt=0.0)
     w_simclr: float = Field(1.0, ge=0.0)
@@ -21,6 +21,7 @@ class SlipSettings(MethodSettings):
     simclr_hidden_dim: int = Field(4096, ge=1)
     simclr_out_dim: int = Field(256, ge=1)
     simclr_bn: Literal["sync", "local"] = "sync"
+    image_views: tuple[str, ...] = ("base", "augmented", "augmented")
 
 
 class SlipMethod(Method):
@@ -36,8 +37,9 @@ class SlipMethod(Method):
 
     def __init__(self, model: ClipModel, settings: SlipSettings, communication_dtype: torch.dtype | None) -> None:
         super().__init__(model, settings, communication_dtype)
-        if settings.w_simclr:
-            self.image_views = ("base", "augmented", "augmented")
+        if not settings.w_simclr:
+            self.image_views = settings.image_views[:1]
+        else:
             self.simclr = SimClrHead(
                 model.image_tower.pooled_dim,
                 settings.simclr_hidden_dim,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from models.registry import find_architecture
 from trainer.config.sections import RunConfig
 from trainer.methods import parse_method
-from trainer.pipeline import augmentation
+from trainer.views import augmentation
 
 
 class Deviation(NamedTuple):
@@ -60,6 +60,7 @@ _ALL = {
     "method.logit_scale_min": 3.0,
     "method.logit_scale_max": 6.0,
     "data.mask_token": True,
+    "data.caption": "first",
     "eval.resize_size": 256,
     "eval.interpolation": "bilinear",
     "optimizer.gradient_clipping": 0.0,

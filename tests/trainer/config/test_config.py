@@ -127,6 +127,8 @@ def test_child_recipe_replaces_the_method_whole(tmp_path):
         "name": "clip",
         "logit_scale_min": 0.0,
         "logit_scale_max": config.method["logit_scale_max"],
+        "image_views": ("base",),
+        "text_views": ("original",),
     }
     assert config.train.steps == 60
     assert config.train.global_batch_size == load_config("demo").train.global_batch_size
