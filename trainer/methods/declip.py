@@ -280,4 +280,4 @@ class DeclipMethod(Method):
     def exchanged_per_sample(self) -> tuple[int, int]:
         """Captions' features both ways; vectors of the neighbours forward, where their slots say nothing elsewhere."""
         gathered, reduced = super().exchanged_per_sample()
-        return gathered + (2 * self.model.embed_dim if self._queue_is_local else 0), reduced
+        return gathered * (2 if self._queue_is_local else 1), reduced
