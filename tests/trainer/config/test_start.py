@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from trainer.config.ds_config import find_ds_config, read_ds_config, shipped_ds_configs
-from trainer.config.recipe import read_recipe, recipe_names
+from trainer.config.recipe import dump_config, read_recipe, recipe_names
 from trainer.config.sections import holds_path
 from trainer.config.start import read_run_config, saved_config
 from trainer.errors import ConfigError
@@ -147,6 +147,11 @@ def test_every_path_of_a_recipe_is_expanded(tmp_path, monkeypatch):
     assert all(holds_path(key) for key in (*keys, *prefixed, "method.external_teacher"))
     others = ("train.steps", "eval.sets", "eval.sets.x.tasks", "data.augmentation", "method.name", "no.such")
     assert not any(holds_path(key) for key in others)
+
+
+def test_the_plan_and_the_saved_recipe_break_no_long_value():
+    name = "a folder with blanks " * 20
+    assert f"cache_dir: {name.strip()}\n" in dump_config(read_recipe("demo", {"data.cache_dir": name.strip()}))
 
 
 def test_values_of_path_settings_that_are_no_path():
