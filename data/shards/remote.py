@@ -325,7 +325,7 @@ def _copy(source: BinaryIO, target: Path, limit: int, name: str, timeout_s: floa
             now = time.monotonic()
             if timeout_s is not None and now - since > timeout_s:
                 if written - at_since < timeout_s * _MIN_BYTES_PER_S:
-                    raise FetchError(f"{name}: less than {_MIN_BYTES_PER_S} bytes a second")
+                    raise FetchError(f"{name}: less than {timeout_s * _MIN_BYTES_PER_S:g} bytes in {timeout_s:g} s")
                 since, at_since = now, written
     return written
 

@@ -72,7 +72,7 @@ GOOD = b"".join(header(name, 3) + b"abc" + bytes(509) for name in ("ok.jpg", "ok
         (gzip.compress(GOOD) + bytes(512), "gzip compressed"),
         (GOOD[:512], "end of the file inside the member"),
         (GOOD[:1300], "end of the file inside the header"),
-        (bytes(1024), "without samples"),
+        (bytes(2 << 20), "without a single member"),
         (GOOD + GOOD, "'ok.jpg' twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
