@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _PROC = Path("/proc/self")
 # Asks the kernel to restart the peak of the resident set at its present value.
@@ -97,14 +97,31 @@ def count_flops(code: Callable[[], Any]) -> int:
 
     Causal attention is counted as if all pairs of positions were computed.
     """
-    # torch's table lacks the in-place form.
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH) as counter:
         code()
     return counter.get_total_flops()
 
 
 def _addmm_flops(_input: torch.Size, left: torch.Size, right: torch.Size, **_options: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_rest: Any, **_options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_rest: Any, **_options: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# What the table of some release of torch lacks: an in-place form, and attention on a CPU.
+_NOT_IN_TORCH = {
+    torch.ops.aten.addmm_: _addmm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 def return_freed_memory() -> None:
