@@ -96,9 +96,14 @@ def initialise_worker(last_words: Connection, worker_id: int) -> None:
         worker_id: Not used; the loader passes it.
     """
     torch.set_num_threads(1)
+    _end_with_any_thread(last_words)
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Leaves the signals of a job to the main process, and ends when that does."""
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _end_with_any_thread(last_words)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -136,7 +136,7 @@ def test_a_cache_of_somebody_else_is_read(tmp_path, monkeypatch):
 def test_commands_try_before_they_work(tmp_path, file, monkeypatch, capsys):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     shards = write_shards(tmp_path / "set", [2])
-    monkeypatch.setattr("data.demo.render_unicode_symbols", lambda root: pytest.fail("rendered"))
+    monkeypatch.setattr("data.demo.render_unicode_symbols", lambda *_, **__: pytest.fail("rendered"))
     assert demo(["--out", str(file / "demo")]) == 2
     assert "demo cannot be written (Not a directory); choose another --out" in capsys.readouterr().err
     monkeypatch.setattr("data.writing.tempfile.NamedTemporaryFile", full)

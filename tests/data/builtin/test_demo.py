@@ -15,8 +15,9 @@ from PIL import Image
 from data import demo
 from data.builtin.captions import captions
 from data.builtin.glyphs import IMAGE_SIZE, TYPEFACES, render_typeface
+from data.builtin.rendering import EVALUATION_SETS, VERSION, render_unicode_symbols
 from data.builtin.splits import HELD_OUT_TYPEFACE, split
-from data.demo import ensure_unicode_symbols, main, render_unicode_symbols, resolve_builtin
+from data.demo import ensure_unicode_symbols, main, resolve_builtin
 
 # Latin letters, Greek (with Latin lookalikes), accents, arrows and chess pieces.
 SUBSET = frozenset((*range(0x41, 0x180), *range(0x391, 0x3CA), *range(0x2190, 0x21A0), *range(0x2654, 0x2660)))
@@ -53,7 +54,7 @@ def check_splits(symbols, num_words: int) -> None:
         train
     )
 
-    typeface, unseen = (read_shard(symbols.evaluation[name] / "test" / "0.tar") for name in demo.EVALUATION_SETS)
+    typeface, unseen = (read_shard(symbols.evaluation[name] / "test" / "0.tar") for name in EVALUATION_SETS)
     for samples in (typeface, unseen):
         points = [json.loads(sample["json"])["codepoint"] for sample in samples.values()]
         assert len(set(points)) == len(points), "a class with two pictures"
@@ -101,7 +102,7 @@ def test_training_shards_are_shuffled_and_even(small):
     assert len(typefaces) > 8
 
 
-@pytest.mark.parametrize("name", demo.EVALUATION_SETS)
+@pytest.mark.parametrize("name", EVALUATION_SETS)
 def test_evaluation_folders_follow_clip_benchmark(small, name):
     root = small.evaluation[name]
     names = (root / "classnames.txt").read_text(encoding="utf-8").splitlines()
@@ -188,7 +189,7 @@ def quick(monkeypatch):
     """Counts renderings and makes them small."""
     calls = []
 
-    def render(root):
+    def render(root, processes):
         calls.append(root)
         return render_unicode_symbols(root, SUBSET, num_held_out_words=20)
 
@@ -197,7 +198,7 @@ def quick(monkeypatch):
 
 
 def test_ensure_renders_once_and_publishes_a_whole_folder(quick, tmp_path):
-    leftover = tmp_path / f".unicode-symbols-{demo.VERSION}.partial-dead"
+    leftover = tmp_path / f".unicode-symbols-{VERSION}.partial-dead"
     leftover.mkdir()
     (leftover / "half.tar").write_bytes(b"x")
     first, second = ensure_unicode_symbols(tmp_path), ensure_unicode_symbols(tmp_path)
@@ -210,7 +211,7 @@ def test_ensure_renders_once_and_publishes_a_whole_folder(quick, tmp_path):
 
 
 def test_a_failed_rendering_leaves_nothing_behind(monkeypatch, tmp_path):
-    def fail(root):
+    def fail(root, processes):
         (root / "half.tar").write_bytes(b"x")
         raise RuntimeError("killed")
 
@@ -231,7 +232,7 @@ def test_many_processes_may_ask_at_once(quick, tmp_path):
         process.join()
     assert len(roots) == 1
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
-    assert json.loads((Path(roots.pop()) / "manifest.json").read_text())["version"] == demo.VERSION
+    assert json.loads((Path(roots.pop()) / "manifest.json").read_text())["version"] == VERSION
 
 
 def test_command_line_prints_counts(quick, tmp_path, capsys):
@@ -244,9 +245,14 @@ def test_command_line_prints_counts(quick, tmp_path, capsys):
     assert "cannot make unicode-symbols" in capsys.readouterr().err
 
 
+def test_processes_render_the_same_bytes(small, tmp_path):
+    shared = render_unicode_symbols(tmp_path, SUBSET, num_held_out_words=20, processes=2)
+    assert tree(shared.root) == tree(small.root)
+
+
 @pytest.mark.slow
 def test_the_whole_set(tmp_path):
-    symbols = render_unicode_symbols(tmp_path)
+    symbols = render_unicode_symbols(tmp_path, processes=2)
     check_splits(symbols, num_words=400)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["typefaces"] == list(TYPEFACES)
