@@ -147,7 +147,8 @@ class ImageAugmentation:
         if not self.rotation and not self.shift:
             return image
         angle = _uniform(rng, -self.rotation, self.rotation)
-        offset = tuple(_uniform(rng, -self.shift, self.shift) * side for side in image.size)
+        width, height = image.size
+        offset = (_uniform(rng, -self.shift, self.shift) * width, _uniform(rng, -self.shift, self.shift) * height)
         matrix, background = _turn(image.size, angle, offset), image.getpixel((0, 0))
         return image.transform(
             image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=background
