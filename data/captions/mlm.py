@@ -1,5 +1,6 @@
 """Random masking of token ids for masked language modelling."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,20 +48,21 @@ def mask_tokens(
     """
     # One uniform number per token decides both questions: the selected interval is cut into 80, 10 and 10 percent.
     draws = rng.random(len(token_ids)).tolist()
-    random_ids = rng.integers(mask_id if text_ids is None else len(text_ids), size=len(token_ids))
     masked_below = _MASKED_SHARE * probability
     replaced_below = (_MASKED_SHARE + _REPLACED_SHARE) * probability
     # Captions are short and few of their tokens selected: a loop is cheaper than arrays.
     selected = [position for position, draw in enumerate(draws) if draw < probability]
-    if text_ids is None:
-        positions = [position for position in selected if token_ids[position] < mask_id]
-    else:
-        random_ids = text_ids[random_ids]
-        positions = [position for position in selected if np.isin(token_ids[position], text_ids)]
+    ids = [token_ids[position] for position in selected]
+    is_text = [index < mask_id for index in ids] if text_ids is None else np.isin(ids, text_ids).tolist()
+    positions = list(itertools.compress(selected, is_text))
     edited = list(token_ids)
     for position in positions:
         if draws[position] < masked_below:
             edited[position] = mask_id
-        elif draws[position] < replaced_below:
-            edited[position] = int(random_ids[position])
+    replaced = [position for position in positions if masked_below <= draws[position] < replaced_below]
+    if replaced:
+        # One for every token, used or not.
+        random_ids = rng.integers(mask_id if text_ids is None else len(text_ids), size=len(token_ids))
+        for position in replaced:
+            edited[position] = int(random_ids[position] if text_ids is None else text_ids[random_ids[position]])
     return MaskedTokens(edited, positions, [token_ids[position] for position in positions])

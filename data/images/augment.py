@@ -147,7 +147,8 @@ class ImageAugmentation:
         if not self.rotation and not self.shift:
             return image
         angle = _uniform(rng, -self.rotation, self.rotation)
-        offset = tuple(_uniform(rng, -self.shift, self.shift) * side for side in image.size)
+        width, height = image.size
+        offset = (_uniform(rng, -self.shift, self.shift) * width, _uniform(rng, -self.shift, self.shift) * height)
         matrix, background = _turn(image.size, angle, offset), image.getpixel((0, 0))
         return image.transform(
             image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=background
@@ -218,7 +219,9 @@ class Cutter:
 
     def cut(self, box: Box, size: int, interpolation: str) -> np.ndarray:
         """Returns a box as uint8 [size, size, 3], or [size, size] of a gray picture."""
-        box = tuple(-(-edge // self._scale) for edge in self.aligned(box))
+        box = self.aligned(box)
+        if self._scale > 1:
+            box = tuple(-(-edge // self._scale) for edge in box)
         return resize_crop(self._pixels, box, size, interpolation)
 
     def views(self, pairs: list[tuple[ImageAugmentation, np.random.Generator]]) -> np.ndarray:
@@ -265,6 +268,8 @@ def align(box: Box, size: tuple[int, int], factor: int) -> Box:
 
     Whether a picture is then decoded smaller or not, its crops are the same and consist of whole pixels.
     """
+    if factor == 1:
+        return box
     left, top, right, bottom = (round(edge / factor) * factor for edge in box)
     return left, top, min(right, size[0]), min(bottom, size[1])
 
@@ -308,20 +313,20 @@ def _turn(size: tuple[int, int], angle: float, offset: tuple[float, float]) -> t
 # Pillow's ImageEnhance in fewer steps, byte for byte.
 
 
-@lru_cache(maxsize=4)
-def _black(mode: str, size: tuple[int, int]) -> Image.Image:
-    return Image.new(mode, size)
+@lru_cache(maxsize=64)
+def _flat(mode: str, size: tuple[int, int], value: int) -> Image.Image:
+    return Image.new(mode, size, (value,) * len(mode))
 
 
 def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return Image.blend(_black(image.mode, image.size), image, factor)
+    return Image.blend(_flat(image.mode, image.size, 0), image, factor)
 
 
 def _contrast(image: Image.Image, factor: float) -> Image.Image:
     gray = image if image.mode == "L" else image.convert("L")
     pixels = np.frombuffer(gray.tobytes(), dtype=np.uint8)
     mean = int(int(pixels.sum()) / len(pixels) + 0.5)
-    return Image.blend(Image.new(image.mode, image.size, (mean,) * len(image.mode)), image, factor)
+    return Image.blend(_flat(image.mode, image.size, mean), image, factor)
 
 
 def _saturation(image: Image.Image, factor: float) -> Image.Image:

@@ -1,5 +1,7 @@
 """Keyed random numbers: functions of their key, stable for ever."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,13 @@ def test_values_never_change():
     assert keyed_permutation(8, 0, "train").tolist() == KNOWN_PERMUTATION
     key = combine64(keyed_hash("k"), np.arange(3))
     assert shuffled_index(np.arange(3), np.array([3, 100, 10**6]), key).tolist() == KNOWN_PLACES
+
+
+def test_a_generator_is_philox_with_the_hash_as_its_key():
+    key = int.from_bytes(hashlib.blake2b(b"i3;s1:ai-2;", digest_size=16, person=b"declip-data").digest(), "little")
+    expected, found = np.random.Generator(np.random.Philox(key=key)), keyed_rng(3, "a", -2)
+    assert np.array_equal(found.random(7), expected.random(7))
+    assert np.array_equal(found.integers(1000, size=7), expected.integers(1000, size=7))
 
 
 def test_keys_are_int_and_str_only():

@@ -1,6 +1,7 @@
 """Statistics and limits of token masking."""
 
 import numpy as np
+import pytest
 
 from data.captions.mlm import mask_tokens
 from data.rng import keyed_rng
@@ -56,3 +57,22 @@ def test_specials_are_never_selected():
 def test_empty_caption_and_zero_probability_select_nothing():
     assert mask_tokens([SOT, EOT], keyed_rng(0), mask_id=MASK) == ([SOT, EOT], [], [])
     assert mask_tokens(CAPTION, keyed_rng(0), mask_id=MASK, probability=0.0) == (CAPTION, [], [])
+
+
+@pytest.mark.parametrize("text_ids", [None, np.array([*range(900, 1004), *range(1010, 2000)])])
+def test_every_choice_is_that_of_its_own_draws(text_ids):
+    ids = np.array(CAPTION)
+    is_text = ids < MASK if text_ids is None else np.isin(ids, text_ids)
+    seen = 0
+    for index in range(300):
+        found = mask_tokens(CAPTION, keyed_rng("own", index), mask_id=MASK, probability=0.4, text_ids=text_ids)
+        rng = keyed_rng("own", index)
+        draws = rng.random(len(ids))
+        others = rng.integers(MASK if text_ids is None else len(text_ids), size=len(ids))
+        others = others if text_ids is None else text_ids[others]
+        selected = (draws < 0.4) & is_text
+        edited = np.where(draws < 0.8 * 0.4, MASK, np.where(draws < (0.8 + 0.1) * 0.4, others, ids))
+        assert found.token_ids == np.where(selected, edited, ids).tolist()
+        assert found.positions == np.flatnonzero(selected).tolist()
+        seen += sum(new not in (MASK, old) for new, old in zip(found.token_ids, CAPTION, strict=True))
+    assert seen > 50

@@ -7,10 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torchvision.transforms import RandomResizedCrop, v2
 
 from data.errors import DataError
+from data.images import augment
 from data.images.augment import AUGMENTATIONS, ImageAugmentation, align, eval_view, random_views
 from data.images.decode import open_image
 from data.rng import keyed_rng
@@ -206,3 +207,47 @@ def test_shrunken_jpeg_decode_changes_views_little():
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(DataError, match=field):
         dataclasses.replace(AUGMENTATIONS["moco_v2"], **{field: value})
+
+
+def test_a_gray_picture_has_the_views_of_its_three_channels():
+    every = ImageAugmentation(
+        crop_scale=(0.3, 1.0),
+        interpolation="bilinear",
+        rotation=30.0,
+        shift=0.2,
+        brightness=0.5,
+        contrast=0.5,
+        saturation=0.5,
+        hue=0.2,
+        **{f"{change}_probability": 0.5 for change in ("jitter", "grayscale", "blur", "solarize", "flip")},
+    )
+    for size in ((40, 33), (200, 300)):
+        gray = picture(*size).convert("L")
+        for number, augmentation in enumerate((every, *AUGMENTATIONS.values())):
+            for key in range(12):
+                found, expected = (
+                    random_views(open_image(encode(image)), (augmentation,), [keyed_rng(number, key)], 32)
+                    for image in (gray, gray.convert("RGB"))
+                )
+                assert np.array_equal(found, expected)
+    for kind in ("JPEG", "WEBP"):
+        data = encode(picture(320, 200).convert("L"), kind)
+        kept, decoded = open_image(data).decode(4, keep_gray=True), open_image(data).decode(4)
+        assert kept.mode == ("L" if kind == "JPEG" else "RGB")
+        assert kept.convert("RGB").tobytes() == decoded.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_colours_and_turns_are_those_of_pillow_byte_for_byte(mode):
+    image = picture(32, 32).convert(mode)
+    enhancers = {"_brightness": "Brightness", "_contrast": "Contrast", "_saturation": "Color"}
+    for factor in np.linspace(0.3, 1.9, 23).tolist():
+        for ours, theirs in enhancers.items():
+            found = getattr(augment, ours)(image, factor)
+            assert found.tobytes() == getattr(ImageEnhance, theirs)(image).enhance(factor).tobytes()
+    turn = ImageAugmentation(rotation=170.0, shift=0.3)
+    for key in range(40):
+        rng = keyed_rng(key)
+        angle, offset = rng.uniform(-170.0, 170.0), tuple(rng.uniform(-0.3, 0.3, size=2) * 32)
+        expected = image.rotate(angle, Image.Resampling.BICUBIC, translate=offset, fillcolor=image.getpixel((0, 0)))
+        assert turn.distort(image, keyed_rng(key)).tobytes() == expected.tobytes()

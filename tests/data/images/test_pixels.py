@@ -55,6 +55,17 @@ def test_blur_is_a_gaussian_average(sigma):
     assert np.abs(found - expected).max() <= 1.5
 
 
+def test_a_blur_that_is_left_out_would_change_nothing(monkeypatch):
+    checkers = np.indices((16, 16)).sum(axis=0).astype(np.uint8) % 2 * 255
+    sigmas = np.linspace(0.1, 0.4, 61)
+    found = [gaussian_blur(checkers, sigma) for sigma in sigmas]
+    monkeypatch.setattr("data.images.pixels._UNSEEN", 0.0)
+    assert all(
+        np.array_equal(blurred, gaussian_blur(checkers, sigma)) for blurred, sigma in zip(found, sigmas, strict=False)
+    )
+    assert sum(blurred is checkers for blurred in found) > 20
+
+
 def test_blur_is_near_that_of_pillow():
     pixels = noise(64, 64)
     for sigma in (0.5, 1.0, 2.0):
