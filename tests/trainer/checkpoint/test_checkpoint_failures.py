@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.errors import DataError
 from tests.distributed import run_distributed
 from tests.trainer.engines import build_engine, full_state, train_steps
 from tests.trainer.harness import ROOT, ds_config, metrics, write_recipe
@@ -224,7 +225,7 @@ def test_command_line(lived, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(arguments, message, lived, tmp_path):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         main([text.format(run=lived[0], empty=tmp_path) for text in arguments])
 
 
