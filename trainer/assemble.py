@@ -70,6 +70,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     ds_path = run_ds_config(arguments.ds_config, run_dir, arguments.resume)
     resolved = resolve_deepspeed(ds_path, config, plan, precision)
     console = Console(place.is_main)
+    for name in unused_augmentations(config):
+        console.warn(f"data.augmentation.{name} is not used: method.image_views names no such view")
     tokenizer = build_tokenizer(config)
     if arguments.dry_run:
         with torch.device("meta"):
@@ -318,8 +320,6 @@ def _announce(
     )
     for line in (engine.method.describe_views(), *engine.method.describe(plan.global_batch_size)):
         console.line(line)
-    for name in unused_augmentations(config):
-        console.warn(f"data.augmentation.{name} is not used: method.image_views names no such view")
 
 
 def _numel(shape: tuple[int, ...]) -> int:
