@@ -136,6 +136,7 @@ class Pipeline:
         pin_memory: Default: if there is a CUDA device.
         held_by_user: Batches that whoever iterates holds at once.
         patience: How long a batch is waited for.
+        background: Workers take only the processor time that other processes leave.
 
     Raises:
         DataError: Counts out of range; from `next`, what a batch cannot be made for.
@@ -153,6 +154,7 @@ class Pipeline:
         pin_memory: bool | None,
         held_by_user: int,
         patience: Patience,
+        background: bool = False,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise DataError(f"data.workers is {workers} and prefetch {prefetch}; they must be at least 0 and 1")
@@ -167,7 +169,7 @@ class Pipeline:
             options = {
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": context,
-                "worker_init_fn": functools.partial(initialise_worker, ends[1]),
+                "worker_init_fn": functools.partial(initialise_worker, ends[1], background),
             }
         loader = DataLoader(
             _Delivered(dataset, _most_shared(items, workers * prefetch + (1 if pin_memory else held_by_user))),

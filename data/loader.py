@@ -116,6 +116,7 @@ def build_train_loader(
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
     patience: Patience | None = None,
+    background: bool = False,
 ) -> TrainLoader:
     """Builds the training loader of one rank.
 
@@ -138,6 +139,7 @@ def build_train_loader(
         limits: Largest members that are read.
         store: Where indexes are found and remote shards fetched; default: the cache folder of the project.
         patience: How long a micro-batch is waited for.
+        background: Workers take only the processor time that other processes leave.
 
     Returns:
         A TrainLoader.
@@ -178,6 +180,7 @@ def build_train_loader(
         # Those of a step, until those of the next one are there.
         held_by_user=2 * dataset.micro_batches_per_step,
         patience=patience or Patience(),
+        background=background,
     )
     return TrainLoader(dataset, order, sources, pipeline, prefetcher, start_step)
 
@@ -252,6 +255,7 @@ def build_eval_loader(
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
     patience: Patience | None = None,
+    background: bool = False,
 ) -> EvalLoader:
     """Builds a loader that visits every sample exactly once over all ranks, in stored order, without padding.
 
@@ -269,6 +273,7 @@ def build_eval_loader(
         limits: Largest members that are read.
         store: See `build_train_loader`.
         patience: How long a batch is waited for.
+        background: See `build_train_loader`.
 
     Returns:
         An EvalLoader, to be iterated as often as wanted. Batches are dicts of images uint8 [m, 3, H, W], captions
@@ -295,6 +300,7 @@ def build_eval_loader(
             pin_memory=pin_memory,
             held_by_user=_HELD_IN_LOOP,
             patience=patience or Patience(),
+            background=background,
         )
 
     return EvalLoader(open_pipeline, total)

@@ -19,6 +19,7 @@ import torch
 from data.errors import printable, repeatable
 
 _MAX_OPEN_FILES = 65_536
+_LEAST_URGENT = 19
 # A message of this length is written in one piece, also where several workers write at once.
 _MAX_LAST_WORDS = 1000
 # Schedulers send these, and a terminal SIGINT, to every process of a job. The main process decides what happens;
@@ -88,14 +89,17 @@ def job_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
-def initialise_worker(last_words: Connection, worker_id: int) -> None:
+def initialise_worker(last_words: Connection, background: bool, worker_id: int) -> None:
     """Sets up a loader worker.
 
     Args:
         last_words: Where the worker says why it ends.
+        background: Take only the processor time that other processes leave.
         worker_id: Not used; the loader passes it.
     """
     torch.set_num_threads(1)
+    if background:
+        os.nice(_LEAST_URGENT)
     _end_with_any_thread(last_words)
     follow_parent()
 

@@ -83,7 +83,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
             for line in load_pretrained(config.model, method.model):
                 console.line(f"  {line}")
         return None
-    init_distributed(device, place, resolve_workers(config, place), config.train.timeout_minutes)
+    with_cores = 0 if config.train.cpu_threads == "all" else resolve_workers(config, place)
+    init_distributed(device, place, with_cores, config.train.timeout_minutes)
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)

@@ -142,6 +142,7 @@ class TrainData:
             prefetch=config.data.prefetch,
             pin_memory=device.type == "cuda",
             patience=patience(config),
+            background=config.train.cpu_threads == "all",
         )
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:

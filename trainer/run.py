@@ -6,6 +6,7 @@ built-in set, on the GPUs or the CPU it finds.
 
 import argparse
 import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -122,6 +123,9 @@ def main(argv: list[str]) -> None:
             read_ds_config(ds_config)
         plan_batch(config, place.world_size)
         run_dir = run_dir or Path("runs") / f"{_folder_name(config.recipe)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        if config.train.cpu_threads == "all":
+            # OpenMP reads it when torch is loaded: threads that wait for each other soon leave the core to a worker.
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         # After the mistakes that can be told without the seconds which torch takes to import.
         from trainer.assemble import assemble
         from trainer.loading import check_method

@@ -39,6 +39,17 @@ def open_pipeline(kind: str, workers: int = 1, patience: Patience | None = None)
     )
 
 
+def test_workers_in_the_background_take_what_is_left(tmp_path):
+    source, store = indexed(tmp_path, write_shards(tmp_path / "set", [8]))
+    options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 4, "workers": 1, "store": store}
+    for background in (False, True):
+        loader = build_train_loader([source], TinyTransform(), background=background, **options)
+        next(loader)
+        (worker,) = loader._pipeline._processes
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == (19 if background else os.getpriority(os.PRIO_PROCESS, 0))
+        loader.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [

@@ -164,6 +164,8 @@ class TrainConfig(Section):
 
     `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
     `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
+    `cpu_threads`: of each rank for its own work on a CPU, where OMP_NUM_THREADS does not say; `auto` leaves a core to
+        each loader worker, `all` takes the cores and has the workers run in what is left of them.
     `ema_decay`: keep a moving average of the weights with this decay, evaluate it, and export it by default.
     """
 
@@ -177,6 +179,7 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
+    cpu_threads: Literal["auto", "all"] = "auto"
     timeout_minutes: float = Field(30.0, gt=0.0)
     verify_replicas_every: int = Field(0, ge=0)
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)

@@ -28,7 +28,7 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
     Args:
         device: This rank's device.
         place: This rank.
-        workers: Loader processes of this rank; on a CPU they keep a core each.
+        workers: Loader processes of this rank that keep a core each on a CPU.
         timeout_minutes: How long a step may make no progress. A collective waits twice as long before it fails by
             itself, so that the watchdog, which knows who is missing, speaks first.
     """

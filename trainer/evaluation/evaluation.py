@@ -98,6 +98,7 @@ class Evaluation:
             max_samples=data.max_samples,
             workers=resolve_workers(self._config, self._place),
             patience=patience(self._config),
+            background=config.train.cpu_threads == "all",
         )
         total = data.num_samples(samples)
         records: dict[int, tuple[list[str], dict]] = {}
