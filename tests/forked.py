@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -39,21 +40,24 @@ def start_server() -> multiprocessing.context.BaseContext:
 
 
 class Forked:
-    """A running program; answers as `subprocess.Popen` does, with stdout and stderr in one text.
+    """A running program; answers as `subprocess.Popen` does.
 
     Args:
         arguments: A script or, after `-m`, a module, and what follows on its command line.
         environment: Its whole environment.
         cwd: Its working directory.
         output: File that takes what it prints.
+        errors: Another file for what it prints to stderr; None for the same.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], cwd: Path, output: Path) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], cwd: Path, output: Path, errors: Path | None = None
+    ) -> None:
         self._output = output
-        output.touch()
-        self._process = start_server().Process(
-            target=_run, args=(arguments, environment, str(cwd), str(output)), daemon=True
-        )
+        files = [str(output), str(errors or output)]
+        for file in files:
+            Path(file).touch()
+        self._process = start_server().Process(target=_run, args=(arguments, environment, str(cwd), files), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 
@@ -92,16 +96,30 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: str) -> None:
+def run_module(
+    module: str, arguments: list[str], environment: dict[str, str], cwd: Path, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`, to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        program = Forked(["-m", module, *arguments], environment, cwd, output, errors)
+        try:
+            code = program.wait(timeout_s)
+        finally:
+            program.kill()
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
     # Loader workers come from the same server, which they may have started with signals blocked.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for standard in (1, 2):
+    for standard, file in enumerate(files, start=1):
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, standard)
-    os.close(descriptor)
+        os.close(descriptor)
     # A program may start processes of its own; this one is a daemon only so that none outlives the tests.
     multiprocessing.current_process()._config["daemon"] = False
     # The libraries read it when they were loaded.

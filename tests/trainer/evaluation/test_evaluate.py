@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_module
 from tests.trainer.harness import ROOT, metrics, run_trainer, write_eval_set, write_recipe
 
 TASKS = ["zero_shot", "retrieval", "linear_probe", "bias"]
@@ -34,12 +35,14 @@ def run(shards, cache, tmp_path_factory) -> Path:
 
 def command(module: str, *arguments: object, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess:
     """Run a module of the trainer, on several ranks through torchrun."""
-    launcher = [sys.executable, "-m"]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     environment = {**os.environ, "DECLIP_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [*launcher, module, *map(str, arguments)]
-    return subprocess.run(words, env=environment, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
+    words = [module, *map(str, arguments)]
+    if ranks == 1:
+        return run_module(words[0], words[1:], environment, cache)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return subprocess.run(
+        [*launcher, *words], env=environment, cwd=cache, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def read_records(folder: Path) -> dict[str, dict]:
