@@ -40,7 +40,13 @@ def test_the_guide_adds_a_method(tmp_path):
     assert len(code.splitlines()) < 100
     guide.copy_project(tmp_path)
     (tmp_path / "tests" / "losses").mkdir(parents=True)
-    for name in ("pyproject.toml", "tests/__init__.py", "tests/distributed.py", "tests/losses/__init__.py"):
+    for name in (
+        "pyproject.toml",
+        "tests/__init__.py",
+        "tests/distributed.py",
+        "tests/forked.py",
+        "tests/losses/__init__.py",
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
     write_method(files, tmp_path)
     # The set of the demo takes longer to draw than the twenty steps.

@@ -64,7 +64,8 @@ def test_every_gradient_equals_one_rank(world_size, cases, whole):
 def uninterrupted(request, shards, cache, tmp_path_factory):
     """Name, recipe and folder of a whole run on one rank."""
     folder = tmp_path_factory.mktemp(request.param)
-    sections = {"checkpoint": {"every": 5}, "eval": {"at_end": False}}
+    # Slowly: at the harness's rate twenty steps may turn a rounding of another processor into more than the tolerance.
+    sections = {"checkpoint": {"every": 5}, "eval": {"at_end": False}, "optimizer": {"lr": 2e-4}}
     sections["eval"]["sets"] = {"shapes": {"data": str(write_eval_set(folder / "set"))}}
     recipe = write_recipe(folder / "tiny.yaml", shards, request.param, **sections)
     run_trainer(["--recipe", str(recipe), "--run_dir", str(folder / "run"), "--ds_config", ds_config(2)], cache)
