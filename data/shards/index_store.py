@@ -277,7 +277,8 @@ def bad_shards_error(problems: Mapping[str, str], total: int) -> DataError:
         problems: Shard -> what is wrong with it, at least one.
         total: How many shards there are.
     """
-    if len(problems) == 1:
+    if len(set(problems.values())) == 1:
+        # Of one shard; or word for word of all, which is about no shard: a cache folder that cannot be written.
         return DataError(next(iter(problems.values())))
     named: dict[str, list[str]] = {}
     for shard, problem in list(problems.items())[:_NAMED_SHARDS]:

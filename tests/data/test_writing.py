@@ -101,7 +101,7 @@ def test_whatever_is_written_to_the_cache(tmp_path, file, monkeypatch):
     shards = write_shards(tmp_path / "set", [2, 2])
     store = IndexStore.create(file / "cache")
     below = CACHE.format("Not a directory")
-    with pytest.raises(DataError, match=f"{file}/cache {below}"):
+    with pytest.raises(DataError, match=f"^{file}/cache {below}"):
         load_sources(parse_sources(shards), store)
     with pytest.raises(DataError, match=below):
         ensure_unicode_symbols(file / "cache")
