@@ -67,6 +67,7 @@ class Architecture:
 _SMALL_TEXT = TextConfig(width=256, layers=4)
 _NANO_TEXT = TextConfig(width=128, layers=4)
 _PICO_TEXT = TextConfig(width=128, layers=2)
+_FEMTO_TEXT = TextConfig(width=64, layers=2)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "vit_b32": Architecture(VitConfig(32, 768, 12)),
@@ -89,7 +90,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit_nano_p8_32": Architecture(VitConfig(8, 128, 4), image_size=32, embed_dim=128, text=_NANO_TEXT),
     "vit_nano_p8_64": Architecture(VitConfig(8, 128, 4), image_size=64, embed_dim=128, text=_NANO_TEXT),
     "vit_pico_p8_32": Architecture(VitConfig(8, 128, 3), image_size=32, embed_dim=128, text=_PICO_TEXT),
+    "vit_femto_p8_32": Architecture(VitConfig(8, 128, 2), image_size=32, embed_dim=128, text=_FEMTO_TEXT),
     "rn_pico_32": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=32, embed_dim=128, text=_PICO_TEXT),
+    "rn_femto_32": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=32, embed_dim=128, text=_FEMTO_TEXT),
     "rn_nano_32": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=32, embed_dim=128, text=_NANO_TEXT),
     "rn_nano_64": Architecture(ResNetConfig((1, 1, 1, 1), 16), image_size=64, embed_dim=128, text=_NANO_TEXT),
 }

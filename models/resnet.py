@@ -91,10 +91,8 @@ class ModifiedResNet(nn.Module):
             ValueError: On images of another size.
         """
         check_image_shape(images, self.image_size)
-        x = images.to(self.conv1.weight.dtype)
-        if x.is_cuda:
-            # The layout of tensor-core convolutions; every layer hands it on.
-            x = x.contiguous(memory_format=torch.channels_last)
+        # The layout of tensor-core convolutions, and the faster one on processors; every layer hands it on.
+        x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         x = F.relu(self.bn3(self.conv3(x)), inplace=True)

@@ -24,7 +24,7 @@ _EVAL_EVERY = 15
 _KEEP_LAST = 2
 _SHARDS, _PER_SHARD = 16, 24
 _RECIPE = {
-    "model": {"name": "vit_pico_p8_32"},
+    "model": {"name": "vit_femto_p8_32"},
     "checkpoint": {"every": SAVE_EVERY, "keep_last": _KEEP_LAST},
 }
 

@@ -25,7 +25,9 @@ PARAMETER_COUNTS = {
     "vit_nano_p8_32": 7_980_673,
     "vit_nano_p8_64": 7_986_817,
     "vit_pico_p8_32": 7_385_857,
+    "vit_femto_p8_32": 3_715_649,
     "rn_pico_32": 8_107_929,
+    "rn_femto_32": 4_635_993,
     "rn_nano_32": 8_504_473,
     "rn_nano_64": 8_506_009,
 }

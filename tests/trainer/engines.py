@@ -19,7 +19,7 @@ def build_engine(ds_name: str, seed: int, rank: int, world_size: int, optimizer:
     from trainer.ranks.launch import Place
 
     tree = {
-        "model": {"name": "vit_nano_p8_32", "freeze_patch_embed": True},
+        "model": {"name": "vit_femto_p8_32", "freeze_patch_embed": True},
         "method": SETTINGS,
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 9, "global_batch_size": SAMPLES},

@@ -110,7 +110,7 @@ def write_recipe(path: Path, shards: str, method: str = "declip", **sections: di
     methods["defilip"] = {**methods["declip"], **methods["filip"], "name": "defilip"}
     recipe = {
         "recipe": path.stem,
-        "model": {"name": "vit_nano_p8_32"},
+        "model": {"name": "vit_femto_p8_32"},
         "method": methods[method],
         "data": {"train": shards, "mask_token": True, "workers": 0, "shuffle_window": 16},
         "train": {"steps": 20, "global_batch_size": 16, "log_every": 1, "precision": "fp32", "device": "cpu"},

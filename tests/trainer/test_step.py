@@ -34,7 +34,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(stage: int, method: dict | None = None, model: str = "vit_pico_p8_32", compiled: bool = False, **optimizer):
+def build(stage: int, method: dict | None = None, model: str = "vit_femto_p8_32", compiled: bool = False, **optimizer):
     """An engine on the tiny model, its micro-batches, and a run that the loop's step works on."""
     from tests.trainer.harness import ds_config
     from trainer.assemble import build_method

@@ -29,7 +29,7 @@ OWN = {"mild": {"preset": "clip", "crop_scale": [0.8, 1.0]}, "strong": "moco_v2"
 
 def configured(method: dict, **data):
     tree = {
-        "model": {"name": "vit_nano_p8_32"},
+        "model": {"name": "vit_femto_p8_32"},
         "method": method,
         "data": {"train": "none", "mask_token": True, **data},
         "train": {"steps": 1, "global_batch_size": 8},

@@ -21,7 +21,7 @@ from trainer.methods.rules import check_groups, training_rules
 SCALE = "model.logit_scale"
 
 
-def method_of(name: str = "clip", model: str = "vit_pico_p8_32"):
+def method_of(name: str = "clip", model: str = "vit_femto_p8_32"):
     _, settings = parse_method({"name": name})
     return METHODS[name](build_model(model, vocab_size=50, text_projection_bias=True), settings, None)
 
@@ -197,7 +197,7 @@ def _moved_to_other_ranks(folder: Path, ranks: list[dict]) -> None:
     states = read_rank_states(folder)
     assert len(states) == 2
     saved = torch.cat([state["queue"]["rows"] for state in states])
-    model = build_model("vit_pico_p8_32", vocab_size=50)
+    model = build_model("vit_femto_p8_32", vocab_size=50)
     for queue in ("local", "global"):
         name, settings = parse_method({**SETTINGS, "nns_queue": queue})
         method = METHODS[name](model, settings, None)

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.loading import load_config, parse_config
 from trainer.methods import METHODS, Method, parse_method
 
-NAME = "vit_nano_p8_32"
+NAME = "vit_femto_p8_32"
 
 
 def make_method(

@@ -28,7 +28,7 @@ def build_engine(stage: int, micro_batch_size: int, rank: int, world_size: int, 
     from trainer.ranks.launch import Place
 
     tree = {
-        "model": {"name": "vit_nano_p8_32", "freeze_patch_embed": True},
+        "model": {"name": "vit_femto_p8_32", "freeze_patch_embed": True},
         "method": {"name": "aclip", **SETTINGS, "teacher_momentum": 0.5, **settings},
         "data": {"train": "none"},
         "train": {"steps": STEPS, "global_batch_size": SAMPLES, "micro_batch_size": micro_batch_size},

@@ -13,7 +13,7 @@ from trainer.building import build_method
 from trainer.loading import parse_config
 from trainer.pipeline import build_tokenizer
 
-VIT = {"name": "vit_nano_p8_32", "patch_dropout": 0.5}
+VIT = {"name": "vit_femto_p8_32", "patch_dropout": 0.5}
 SLIP = {"name": "slip", "simclr_hidden_dim": 32, "simclr_out_dim": 16}
 ALIGN = {"name": "align", "logit_scale_init": 5.0}
 BERT = {"text_name": "hf:builtin/bert_tiny"}
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_bitwise_the_whole_one(method, model, terms, shards, ca
 
 def build(method: dict, **model):
     tree = {
-        "model": {"name": "vit_nano_p8_32", **model},
+        "model": {"name": "vit_femto_p8_32", **model},
         "method": method,
         "data": {"train": "none"},
         "train": {"steps": 1, "global_batch_size": 8},

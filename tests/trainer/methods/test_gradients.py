@@ -28,7 +28,7 @@ def run_config(stage: int, micro_batch_size: int, **sections: dict):
     from trainer.loading import parse_config
 
     tree = {
-        "model": {"name": "vit_nano_p8_32", "patch_dropout": 0.5},
+        "model": {"name": "vit_femto_p8_32", "patch_dropout": 0.5},
         "method": SETTINGS,
         "data": {"train": "none", "mask_token": True},
         "train": {"steps": 1, "global_batch_size": SAMPLES, "micro_batch_size": micro_batch_size},

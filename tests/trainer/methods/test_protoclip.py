@@ -76,7 +76,7 @@ def gradients_on_rank(rank: int, world_size: int, cases: list[tuple[int, int, bo
     for stage, accumulation, active in cases:
         size = share // accumulation
         tree = {
-            "model": {"name": "vit_nano_p8_32"},
+            "model": {"name": "vit_femto_p8_32"},
             "method": {**TINY, "lit_episodes": 1},
             "data": {"train": "none"},
             "train": {"steps": 8, "global_batch_size": SAMPLES, "micro_batch_size": size},
@@ -141,7 +141,7 @@ def tiny_method(**settings):
     """The method alone on the small model, told of a run of eight steps."""
     name, parsed = parse_method({**TINY, **settings})
     torch.manual_seed(0)
-    method = METHODS[name](build_model("vit_nano_p8_32", vocab_size=49_408), parsed, None)
+    method = METHODS[name](build_model("vit_femto_p8_32", vocab_size=49_408), parsed, None)
     method.begin_run(TrainConfig(steps=8, global_batch_size=SAMPLES), None)
     return method
 
@@ -201,7 +201,7 @@ def test_heads_start_equal_and_do_not_decay():
 def test_the_published_schedule():
     config = load_config("protoclip_cc3m_rn50")
     name, settings = parse_method(config.method)
-    method = METHODS[name](build_model("vit_nano_p8_32", vocab_size=600), settings, None)
+    method = METHODS[name](build_model("vit_femto_p8_32", vocab_size=600), settings, None)
     method.begin_run(config.train, None)
     visual = method.training_rules()[-1]
     assert (visual.module, visual.last_step, config.train.steps) == ("model.image_tower", 391 * 398, 391 * 400)
