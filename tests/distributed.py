@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -120,6 +121,7 @@ def _run_rank(
 ) -> None:
     # Loader workers of this process come from the same server, which they may have started with signals blocked.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    sys.dont_write_bytecode = False
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(

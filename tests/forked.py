@@ -113,6 +113,8 @@ def run_module(
 def _run(arguments: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
     # Loader workers come from the same server, which they may have started with signals blocked.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # Wherever bytecode is not to be kept, each of hundreds of processes would compile the project again.
+    sys.dont_write_bytecode = False
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

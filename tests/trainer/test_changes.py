@@ -39,7 +39,7 @@ def test_nothing_changed_says_nothing():
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("data.workers", "3", "data.workers: auto -> 3"),
+        ("data.workers", "3", "data.workers: 2 -> 3"),
         ("data.train", "{d2/a: 1, d2/b: 1}", 'data.train: {"d1/a": 1.0, "d1/b": 1.0} -> {"d2/a": 1.0, "d2/b": 1.0} '),
         ("data.cache_dir", "/x", "data.cache_dir: null -> /x"),
         ("data.augmentation", "{augmented: none}", "(other views from here on)"),

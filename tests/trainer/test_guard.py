@@ -17,8 +17,7 @@ FAULTS = {
     ]
 }
 GUARD = {"max_skipped": 3, "spike_factor": 100, "spike_window": 4, "spike_steps": 2, "max_rollbacks": 2}
-# Slowly, so that a rounding on another number of ranks does not grow into another nearest neighbour.
-SECTIONS = {"guard": GUARD, "checkpoint": {"every": 5}, "optimizer": {"lr": 2e-4}}
+SECTIONS = {"guard": GUARD, "checkpoint": {"every": 5}}
 
 
 def events(run_dir, name):

@@ -155,25 +155,25 @@ def test_missing_value_names_the_flag():
 
 
 @pytest.mark.parametrize(
-    ("micro", "world_size", "expected"), [("auto", 4, (64, 1)), (16, 4, (16, 4)), (256, 1, (256, 1)), (8, 2, (8, 16))]
+    ("micro", "world_size", "expected"), [("auto", 4, (32, 1)), (8, 4, (8, 4)), (128, 1, (128, 1)), (4, 2, (4, 16))]
 )
 def test_batch_arithmetic(micro, world_size, expected):
     plan = plan_batch(load_config("demo", {"train.micro_batch_size": str(micro)}), world_size)
     assert (plan.micro_batch_size, plan.accumulation_steps) == expected
-    assert plan.micro_batch_size * plan.accumulation_steps * world_size == 256
+    assert plan.micro_batch_size * plan.accumulation_steps * world_size == 128
 
 
 def test_deepspeed_accepts_fixed_values_that_agree(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(
-        '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 32, "gradient_accumulation_steps": 4,'
+        '{"train_batch_size": 128, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4,'
         ' "zero_optimization": {"stage": 1}}'
     )
-    config = load_config("demo", {"train.micro_batch_size": "32"})
+    config = load_config("demo", {"train.micro_batch_size": "16"})
     resolved = resolve_deepspeed(str(path), config, plan_batch(config, 2), "fp32")
     assert resolved.stage == 1
     # The engine sees one micro-batch: accumulation is the gradient cache's.
-    assert resolved.config["train_micro_batch_size_per_gpu"] == 128
+    assert resolved.config["train_micro_batch_size_per_gpu"] == 64
     assert resolved.config["gradient_accumulation_steps"] == 1
     # DeepSpeed's own default would clip at 1.0.
     assert resolved.config["gradient_clipping"] == 0.0

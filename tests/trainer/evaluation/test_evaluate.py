@@ -59,7 +59,7 @@ def test_evaluate_on_one_and_three_ranks_finds_what_training_logged(run, cache, 
         "shapes_bias", "shapes_linear_probe", "shapes_zeroshot_classification", "shapes_zeroshot_retrieval",
     ]  # fmt: skip
     assert {(record["dataset"], record["model"], record["language"]) for record in records.values()} == {
-        ("shapes", "vit_nano_p8_32", "en")
+        ("shapes", "vit_femto_p8_32", "en")
     }
     logged = [record for record in metrics(run) if record.get("event") == "eval"][-1]
     for record in records.values():

@@ -13,7 +13,7 @@ from trainer.building import build_method
 from trainer.loading import parse_config
 from trainer.pipeline import build_tokenizer
 
-VIT = {"name": "vit_femto_p8_32", "patch_dropout": 0.5}
+VIT = {"name": "vit_nano_p8_32", "patch_dropout": 0.5}
 SLIP = {"name": "slip", "simclr_hidden_dim": 32, "simclr_out_dim": 16}
 ALIGN = {"name": "align", "logit_scale_init": 5.0}
 BERT = {"text_name": "hf:builtin/bert_tiny"}

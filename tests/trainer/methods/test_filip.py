@@ -64,8 +64,8 @@ def test_every_gradient_equals_one_rank(world_size, cases, whole):
 def uninterrupted(request, shards, cache, tmp_path_factory):
     """Name, recipe and folder of a whole run on one rank."""
     folder = tmp_path_factory.mktemp(request.param)
-    # Slowly: at the harness's rate twenty steps may turn a rounding of another processor into more than the tolerance.
-    sections = {"checkpoint": {"every": 5}, "eval": {"at_end": False}, "optimizer": {"lr": 2e-4}}
+    # Where tokens are wider, fewer of them are so alike that a rounding decides which is chosen.
+    sections = {"checkpoint": {"every": 5}, "eval": {"at_end": False}, "model": {"name": "vit_nano_p8_32"}}
     sections["eval"]["sets"] = {"shapes": {"data": str(write_eval_set(folder / "set"))}}
     recipe = write_recipe(folder / "tiny.yaml", shards, request.param, **sections)
     run_trainer(["--recipe", str(recipe), "--run_dir", str(folder / "run"), "--ds_config", ds_config(2)], cache)
