@@ -203,7 +203,7 @@ def _gather_neighbours(
 @functools.cache
 def default_slab_budget(device: torch.device) -> int:
     """Bytes of logits that are kept where nobody says how many."""
-    if device.type == "cpu" or not torch.cuda.is_available():
+    if device.type == "cpu" or not torch.cuda.is_initialized():
         return _SLAB_BUDGET_BYTES_CPU
     return int(torch.cuda.get_device_properties(device).total_memory * _SLAB_SHARE_ACCELERATOR)
 
