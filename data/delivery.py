@@ -133,7 +133,7 @@ class Pipeline:
         transform: Part of the data set; see `data.worker.main_module_hidden`.
         workers: Worker processes; 0 = load in this process.
         prefetch: Batches each worker prepares ahead.
-        pin_memory: Default: if there is a CUDA device.
+        pin_memory: Whether batches are for a GPU.
         held_by_user: Batches that whoever iterates holds at once.
         patience: How long a batch is waited for.
         background: Workers take only the processor time that other processes leave.
@@ -151,14 +151,13 @@ class Pipeline:
         transform: object,
         workers: int,
         prefetch: int,
-        pin_memory: bool | None,
+        pin_memory: bool,
         held_by_user: int,
         patience: Patience,
         background: bool = False,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise DataError(f"data.workers is {workers} and prefetch {prefetch}; they must be at least 0 and 1")
-        pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._receiver: _Receiver | None = None
         options, ends = {}, ()

@@ -112,7 +112,7 @@ def build_train_loader(
     with_places: bool = False,
     workers: int = 0,
     prefetch: int = 2,
-    pin_memory: bool | None = None,
+    pin_memory: bool = False,
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
     patience: Patience | None = None,
@@ -135,7 +135,7 @@ def build_train_loader(
         with_places: See `TrainDataset`.
         workers: Worker processes; 0 = load in this process.
         prefetch: Micro-batches each worker prepares ahead.
-        pin_memory: Default: if there is a CUDA device.
+        pin_memory: Whether batches are for a GPU, to which pinned memory is copied without waiting.
         limits: Largest members that are read.
         store: Where indexes are found and remote shards fetched; default: the cache folder of the project.
         patience: How long a micro-batch is waited for.
@@ -251,7 +251,7 @@ def build_eval_loader(
     max_samples: int | None = None,
     workers: int = 0,
     prefetch: int = 2,
-    pin_memory: bool | None = None,
+    pin_memory: bool = False,
     limits: ReadLimits | None = None,
     store: IndexStore | None = None,
     patience: Patience | None = None,
@@ -269,7 +269,7 @@ def build_eval_loader(
         max_samples: Visit only the first so many samples.
         workers: Worker processes; 0 = load in this process.
         prefetch: Batches each worker prepares ahead.
-        pin_memory: Default: if there is a CUDA device.
+        pin_memory: Whether batches are for a GPU, to which pinned memory is copied without waiting.
         limits: Largest members that are read.
         store: See `build_train_loader`.
         patience: How long a batch is waited for.

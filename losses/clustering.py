@@ -7,15 +7,17 @@ same bits in any order, so the centroids are equal on all ranks and do not depen
 """
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from losses.distributed import all_reduce_sum_
+from losses.functional import exact_products
 
 # 28 bits behind the point: rows of unit length lose less than float32 rounding, and 2^31 rows of entries up to
 # MAX_ENTRY fit into 63 bits.
@@ -98,9 +100,22 @@ def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _search(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     half_norms = centroids.square().sum(1) / 2
-    with torch.autocast(rows.device.type, enabled=False):
+    with exact_products(rows.device):
         score, label = torch.addmm(half_norms, rows, centroids.t(), alpha=-1).min(dim=1)
     return label, (rows.square().sum(1) + 2 * score).clamp(min=0)
+
+
+@functools.cache
+def _gpu_resources() -> Any:
+    """faiss's scratch memory and handles on a GPU, which cost time and memory and are made once."""
+    import faiss
+
+    # Teaches faiss to take tensors.
+    import faiss.contrib.torch_utils
+
+    resources = faiss.StandardGpuResources()
+    resources.setDefaultNullStreamAllDevices()
+    return resources
 
 
 def _faiss_search(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -116,11 +131,7 @@ def _faiss_search(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tens
         return search_on_cpu
     if not hasattr(faiss, "StandardGpuResources"):
         return None
-    # Teaches faiss to take tensors.
-    import faiss.contrib.torch_utils
-
-    resources = faiss.StandardGpuResources()
-    resources.setDefaultNullStreamAllDevices()
+    resources = _gpu_resources()
 
     def search_on_gpu(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         distances, labels = faiss.knn_gpu(resources, rows, centroids, 1, device=device.index or 0)

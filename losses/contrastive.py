@@ -5,6 +5,7 @@ there; column softmaxes (text to image) need only one sum per column over ranks.
 the slab of similarities serves both directions.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from losses.functional import check_precision
 from losses.similarity import BlockLosses
 from losses.tiles import Block, Plan
 
-DEFAULT_SLAB_BUDGET_BYTES = 128 * 2**20
+_SLAB_BUDGET_BYTES_CPU = 128 * 2**20
+# Of all its memory rather than of what is free, so that ranks and resumed runs choose alike.
+_SLAB_SHARE_ACCELERATOR = 1 / 40
 # Below 256 rows a CPU's matrix product loses speed, above it only memory grows; an accelerator wants large kernels.
 _MIN_TILE_ROWS = 256
 _TILE_BYTES_ACCELERATOR = 64 * 2**20
@@ -54,7 +57,7 @@ def contrastive_terms(
     clip_pairs: Sequence[tuple[int, int]] | None = None,
     extra_sums: Tensor | None = None,
     communication_dtype: torch.dtype | None = None,
-    slab_budget_bytes: int = DEFAULT_SLAB_BUDGET_BYTES,
+    slab_budget_bytes: int | None = None,
     tile_rows: int | None = None,
 ) -> ContrastiveTerms:
     """InfoNCE of all image views against all text views, and against their nearest neighbours, over the global batch.
@@ -82,7 +85,8 @@ def contrastive_terms(
         extra_sums: [k], summed over ranks in float64 inside the all-reduce, for instance a count of masked tokens.
         communication_dtype: Round text features to this type for the gather; own rows are rounded too, so that all
             ranks see equal values, and the gradient passes straight through. Gradients are summed unrounded.
-        slab_budget_bytes: Logits kept for the backward pass; what exceeds it is computed a second time.
+        slab_budget_bytes: Logits kept for the backward pass; what exceeds it is computed a second time. None: 128 MiB
+            on a CPU, a fortieth of an accelerator's memory.
         tile_rows: Rows processed at a time; None chooses by device and B.
 
     Returns:
@@ -112,7 +116,7 @@ def contrastive_terms(
         num_text_views=len(gathered_text),
         first_column=rank() * image_features.shape[1],
         tile_rows=tile_rows or _default_tile_rows(gathered_text),
-        slab_budget_bytes=slab_budget_bytes,
+        slab_budget_bytes=default_slab_budget(text_features.device) if slab_budget_bytes is None else slab_budget_bytes,
     )
     extra_sums = logit_scale.new_empty(0) if extra_sums is None else extra_sums
     losses, extra_sums = BlockLosses.apply(
@@ -194,6 +198,14 @@ def _gather_neighbours(
     if vectors is not None:
         return all_gather_rows(vectors.to(text_features.dtype)), gathered_slots
     return queue_rows.detach()[gathered_slots].to(text_features.dtype), gathered_slots
+
+
+@functools.cache
+def default_slab_budget(device: torch.device) -> int:
+    """Bytes of logits that are kept where nobody says how many."""
+    if device.type == "cpu" or not torch.cuda.is_initialized():
+        return _SLAB_BUDGET_BYTES_CPU
+    return int(torch.cuda.get_device_properties(device).total_memory * _SLAB_SHARE_ACCELERATOR)
 
 
 def _default_tile_rows(gathered_text: Tensor) -> int:

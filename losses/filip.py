@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.distributed import rank, world_size
-from losses.functional import check_precision
+from losses.functional import check_precision, exact_products
 from losses.late_interaction import DEFAULT_WINNERS_BUDGET_BYTES, Packing, TokenScores
 
 _SELECTION_BYTES = 32 * 2**20
@@ -134,7 +134,7 @@ def _select(
     num_texts = min(keys.count, max_text_length)
     index, real = packing.padded_index(max(longest, num_texts))
     rank_tokens = _by_own_pair if keys.by == "own_pair" else _by_local_max
-    with torch.no_grad(), torch.autocast(image_tokens.device.type, enabled=False):
+    with torch.no_grad(), exact_products(image_tokens.device):
         image_values, text_values = rank_tokens(image_tokens, text_tokens, packing, index, keys.group)
         image_chosen = image_values.topk(min(keys.count, image_tokens.shape[1]), dim=1).indices
         text_values, text_chosen = text_values.masked_fill(~real, -torch.inf).topk(num_texts, dim=1)

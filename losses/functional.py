@@ -1,7 +1,29 @@
 """Pure functions on feature tensors shared by the losses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products in the precision of their inputs: without autocast and, on a GPU, without TF32.
+
+    Either rounds the similarity of two unit vectors in its third decimal, which a temperature then multiplies by up to
+    100.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def at_least_fp32(values: Tensor) -> Tensor:

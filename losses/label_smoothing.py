@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed import world_size
+from losses.functional import exact_products
 
 
 def smoothing_sums(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -44,5 +45,6 @@ def smoothing_term(image_features: Tensor, text_features: Tensor, logit_scale: T
     mean_image, mean_text = (sums / (size * world_size())).to(image_features.dtype).chunk(2)
     positive = (image_features * text_features).sum(1).mean()
     # The product of the global means, as a share: each factor's gradient comes from the ranks that own its rows.
-    mean = image_features.mean(0) @ mean_text + mean_image @ text_features.mean(0) - mean_image @ mean_text
+    with exact_products(image_features.device):
+        mean = image_features.mean(0) @ mean_text + mean_image @ text_features.mean(0) - mean_image @ mean_text
     return (logit_scale * (positive - mean)).squeeze()

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.distributed import all_gather_rows, reduce_scatter_rows, world_size
+from losses.functional import exact_products
 
 DEFAULT_WINNERS_BUDGET_BYTES = 128 * 2**20
 # A tile should stay in a CPU's cache between the product and the maximum; an accelerator wants large kernels.
@@ -93,10 +94,21 @@ class _Direction:
         keys: [B, K, d], maybe of a lower precision; a sample with fewer keys repeats one of them, which no maximum
             notices.
         tile_bytes: Of a tile; None chooses by device.
+        product_dtype: What tokens are rounded to before they are multiplied, where the device adds up such products in
+            float32; None for their own.
     """
 
-    def __init__(self, queries: Tensor, packing: Packing, keys: Tensor, tile_bytes: int | None) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        packing: Packing,
+        keys: Tensor,
+        tile_bytes: int | None,
+        product_dtype: torch.dtype | None = None,
+    ) -> None:
         self.queries = queries.contiguous()
+        self._product_dtype = product_dtype
+        self._factors = self.queries if product_dtype is None else self.queries.to(product_dtype)
         self.packing = packing
         self.keys = keys
         self.num_keys = keys.shape[1]
@@ -120,6 +132,7 @@ class _Direction:
         scores = self.queries.new_empty(len(self.packing.counts), len(self.keys))
         work = self._work()
         for columns, keys in self._column_tiles():
+            keys = self._rounded(keys)
             keep = winners is not None and columns.stop <= winners.shape[1]
             for samples, tokens in self._chunks:
                 similarities = self._similarities(tokens, keys, work)
@@ -138,12 +151,13 @@ class _Direction:
         work = self._work()
         for columns, keys in self._column_tiles():
             kept = columns.stop <= winners.shape[1]
+            factors = None if kept else self._rounded(keys)
             grad_tile = torch.zeros_like(keys)
             for _, tokens in self._chunks:
                 if kept:
                     winner = winners[tokens, columns].long()
                 else:
-                    winner = self._similarities(tokens, keys, work).max(dim=1).indices
+                    winner = self._similarities(tokens, factors, work).max(dim=1).indices
                 weights = shares[:, columns].index_select(0, self.packing.owners[tokens])
                 row = winner * weights.shape[1] + torch.arange(weights.shape[1], device=winner.device)
                 grad_queries[tokens] += F.embedding_bag(row, keys, per_sample_weights=weights, mode="sum")
@@ -163,11 +177,17 @@ class _Direction:
             yield columns, self.keys[columns].to(self.queries.dtype).transpose(0, 1).flatten(0, 1)
 
     def _similarities(self, tokens: slice, keys: Tensor, work: Tensor) -> Tensor:
-        """[tokens, K, columns], in `work`."""
+        """[tokens, K, columns], in `work` if it holds such products."""
         rows = tokens.stop - tokens.start
-        similarities = work[: rows * len(keys)].view(rows, len(keys))
-        torch.mm(self.queries[tokens], keys.t(), out=similarities)
+        if self._product_dtype is None:
+            similarities = work[: rows * len(keys)].view(rows, len(keys))
+            torch.mm(self._factors[tokens], keys.t(), out=similarities)
+        else:
+            similarities = torch.mm(self._factors[tokens], keys.t(), out_dtype=self.queries.dtype)
         return similarities.unflatten(1, (self.num_keys, -1))
+
+    def _rounded(self, keys: Tensor) -> Tensor:
+        return keys if self._product_dtype is None else keys.to(self._product_dtype)
 
     def _mean_by_sample(self, best: Tensor, samples: slice, tokens: slice) -> Tensor:
         index = torch.arange(len(best), device=best.device)
@@ -195,15 +215,16 @@ class TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Scores [b, B] of own images for all captions and of own captions for all images."""
         gathered_images, gathered_texts = _gather(image_keys, text_keys, communication_dtype)
-        with torch.autocast(image_tokens.device.type, enabled=False):
-            by_image = _Direction(image_tokens, image_packing, gathered_texts, tile_bytes)
-            by_text = _Direction(text_tokens, text_packing, gathered_images, tile_bytes)
+        product_dtype = _product_dtype(image_tokens)
+        with exact_products(image_tokens.device):
+            by_image = _Direction(image_tokens, image_packing, gathered_texts, tile_bytes, product_dtype)
+            by_text = _Direction(text_tokens, text_packing, gathered_images, tile_bytes, product_dtype)
             budget = winners_budget_bytes if any(ctx.needs_input_grad) else 0
             image_winners = by_image.winners_buffer(budget // 2)
             text_winners = by_text.winners_buffer(budget - image_winners.nbytes)
             scores = by_image.scores(image_winners), by_text.scores(text_winners)
         ctx.save_for_backward(image_tokens, text_tokens, gathered_images, gathered_texts, image_winners, text_winners)
-        ctx.packings, ctx.tile_bytes = (image_packing, text_packing), tile_bytes
+        ctx.packings, ctx.how = (image_packing, text_packing), (tile_bytes, product_dtype)
         return scores
 
     @staticmethod
@@ -215,13 +236,20 @@ class TokenScores(torch.autograd.Function):
         # One buffer for the keys of both sides, because one reduce-scatter takes both.
         grad_keys = image_tokens.new_empty(len(image_keys), num_image_keys + num_text_keys, image_tokens.shape[1])
         grad_image_keys, grad_text_keys = grad_keys.split([num_image_keys, num_text_keys], dim=1)
-        with torch.autocast(image_tokens.device.type, enabled=False):
-            by_image = _Direction(image_tokens, ctx.packings[0], text_keys, ctx.tile_bytes)
+        with exact_products(image_tokens.device):
+            by_image = _Direction(image_tokens, ctx.packings[0], text_keys, *ctx.how)
             by_image.add_gradients(grad_image_scores, image_winners, grad_images, grad_text_keys)
-            by_text = _Direction(text_tokens, ctx.packings[1], image_keys, ctx.tile_bytes)
+            by_text = _Direction(text_tokens, ctx.packings[1], image_keys, *ctx.how)
             by_text.add_gradients(grad_text_scores, text_winners, grad_texts, grad_image_keys)
         own = reduce_scatter_rows(grad_keys[None])[0].split([num_image_keys, num_text_keys], dim=1)
         return grad_images, grad_texts, *own, None, None, None, None, None
+
+
+def _product_dtype(tokens: Tensor) -> torch.dtype | None:
+    """The run's precision where autocast lowers it, on devices that add up its products in float32."""
+    if tokens.device.type != "cuda" or not torch.is_autocast_enabled("cuda") or tokens.dtype != torch.float32:
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def _gather(image_keys: Tensor, text_keys: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

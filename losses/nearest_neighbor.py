@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.distributed import agree, rank
+from losses.functional import exact_products
 
 # Similarities of one chunk of queue rows against all queries, in bytes.
 _SEARCH_CHUNK_BYTES = 32 * 2**20
@@ -137,7 +138,7 @@ class NearestNeighborQueue(nn.Module):
         slots = torch.zeros_like(best, dtype=torch.int64)
         chunk = max(1, _SEARCH_CHUNK_BYTES // (4 * max(1, queries.shape[0])))
         searchable = self.size if self.warmup == "random" else self._offered
-        with torch.autocast(queries.device.type, enabled=False):
+        with exact_products(queries.device):
             for start in range(0, searchable, chunk):
                 rows = self.rows[start : min(start + chunk, searchable)]
                 cosine, slot = torch.addmm(self._unfilled(start, len(rows)), queries, rows.t()).max(dim=1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from losses.functional import at_least_fp32
+from losses.functional import at_least_fp32, exact_products
 
 # Logits of one chunk of rows against all prototypes, in bytes; what is kept for the backward pass is of the features'
 # size.
@@ -68,7 +68,7 @@ class _PrototypeLoss(torch.autograd.Function):
         loss, scale_gradient = rows.new_zeros(()), rows.new_zeros(())
         gradient = torch.empty_like(rows)
         chunk = max(1, _CHUNK_BYTES // (rows.element_size() * len(prototypes)))
-        with torch.autocast(rows.device.type, enabled=False):
+        with exact_products(rows.device):
             for start in range(0, len(rows), chunk):
                 part = slice(start, start + chunk)
                 counted = (labels[part] >= 0).unsqueeze(1)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.distributed import all_gather_rows, rank, reduce_scatter_rows
-from losses.functional import check_precision
+from losses.functional import check_precision, exact_products
 
 # Logits of one tile, in bytes. There are two such buffers.
 _TILE_BYTES = 32 * 2**20
@@ -74,7 +74,7 @@ class _Sigmoid(torch.autograd.Function):
         image_grad = torch.empty_like(image_features) if needs_grad else None
         text_grad = torch.zeros_like(everyone) if needs_text else None
         work = everyone.new_empty(min(tile_rows, size), columns)
-        with torch.autocast(everyone.device.type, enabled=False):
+        with exact_products(everyone.device):
             for begin in range(0, size, tile_rows):
                 images = image_features[begin : begin + tile_rows]
                 scaled = images * logit_scale

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.distributed import all_gather_rows, rank
-from losses.functional import normalize
+from losses.functional import exact_products, normalize
 
 # Logits of one tile, in bytes.
 _TILE_BYTES = 32 * 2**20
@@ -71,7 +71,7 @@ class _SimClr(torch.autograd.Function):
         ctx.shape = unit.shape
         lse = everyone.new_empty(unit.shape[:2])
         positive = everyone.new_empty(unit.shape[:2])
-        with torch.autocast(everyone.device.type, enabled=False):
+        with exact_products(everyone.device):
             for view, rows, logits, label in _tiles(everyone, unit.shape[1], scale, first_column, tile_rows):
                 positive[view, rows] = logits.diagonal(label)
                 lse[view, rows] = logits.logsumexp(1)
@@ -84,7 +84,7 @@ class _SimClr(torch.autograd.Function):
         everyone, lse = ctx.saved_tensors
         grad = everyone.new_empty(ctx.shape)
         size, first = ctx.shape[1], ctx.first_column
-        with torch.autocast(everyone.device.type, enabled=False):
+        with exact_products(everyone.device):
             for view, rows, logits, label in _tiles(everyone, size, ctx.scale, first, ctx.tile_rows):
                 own_lse = lse[view, first + rows.start : first + rows.stop]
                 pull = (logits - own_lse[:, None]).exp_()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.distributed import all_reduce_sum_, reduce_scatter_rows
+from losses.functional import exact_products
 from losses.tiles import ExponentialTiles, FusedTiles, Plan, ShiftedTiles, Slab, Tiles, host_values
 
 
@@ -90,7 +91,7 @@ class BlockLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         slab = Slab(plan, image_features, logit_scale, slots, targets, _fused_kernels(image_features))
         keep = slab.keep_buffer() if any(ctx.needs_input_grad) else image_features.new_empty(0, slab.columns)
-        with torch.autocast(image_features.device.type, enabled=False):
+        with exact_products(image_features.device):
             ctx.tiles, row_lse, positive, column_sum = _accumulate(slab, keep)
         packed = all_reduce_sum_(torch.cat([column_sum.flatten(), extra_sums]))
         reduced, extra = packed.split([column_sum.numel(), extra_sums.numel()])
@@ -117,7 +118,7 @@ class BlockLosses(torch.autograd.Function):
         image_features, logit_scale, slots, row_lse, column_lse, keep, *targets = ctx.saved_tensors
         slab = Slab(ctx.plan, image_features, logit_scale, slots, tuple(targets), _fused_kernels(image_features))
         needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(image_features.device.type, enabled=False):
+        with exact_products(image_features.device):
             grad_image, grad_text = _gradients(
                 slab,
                 ctx.tiles(slab, keep),

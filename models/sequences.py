@@ -1,7 +1,8 @@
 """Attention within each of many sequences whose tokens lie one after the other in a single tensor."""
 
+import functools
 import inspect
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +105,18 @@ def has_unequal_length_kernel(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return False
+    return _causal_option() is not None
+
+
+@functools.cache
+def _causal_option() -> tuple[str, Any] | None:
+    """How this torch's variable-length attention is asked to be causal; None where it is missing or says neither."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    # Older versions ask for causal attention in another way.
-    return "window_size" in inspect.signature(varlen_attn).parameters
+        return None
+    options = inspect.signature(varlen_attn).parameters
+    return next((choice for choice in (("window_size", (-1, 0)), ("is_causal", True)) if choice[0] in options), None)
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
@@ -126,7 +133,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, count: int, *, is_causal:
 def _attend_unequal(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(query, key, value, offsets, offsets, max_length, max_length, window_size=(-1, 0))
+    option, value_of_option = _causal_option()
+    return varlen_attn(query, key, value, offsets, offsets, max_length, max_length, **{option: value_of_option})
 
 
 # A compiled graph would be specialised to the number of groups, which changes from batch to batch.

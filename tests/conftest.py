@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -15,6 +17,22 @@ settings.load_profile("repeatable")
 
 # Else every process that a test starts compiles the project again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# DeepSpeed chooses while it is imported; a test on a GPU starts a process of its own for what needs it there.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hide GPUs, also from child processes, unless the test has the mark; what uses one all the same fails."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    refused = AssertionError("a test without the mark `gpu` uses CUDA: name the device, or mark it")
+    with (
+        mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch("torch.cuda._lazy_init", side_effect=refused),
+    ):
+        return (yield)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -13,6 +13,7 @@ from data.order import GlobalOrder
 from data.shards.index_store import describe_sources
 from data.sources import continue_sources
 from data.writing import os_reason
+from models.sequences import has_unequal_length_kernel
 from trainer.building import build_method
 from trainer.changes import Changes, find_changes
 from trainer.checkpoint import (
@@ -28,8 +29,8 @@ from trainer.config.recipe import dump_config
 from trainer.config.sections import RunConfig
 from trainer.config.start import run_ds_config
 from trainer.engine.compilation import compile_towers
-from trainer.engine.device import resolve_precision, select_device
-from trainer.engine.engine import Engine, init_distributed
+from trainer.engine.device import resolve_precision, select_device, set_precision_of_products
+from trainer.engine.engine import Engine, init_distributed, share_out_cores
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.files import write_atomically
@@ -67,6 +68,7 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
     device = select_device(config.train.device, place)
     plan = plan_batch(config, place.world_size)
     precision = resolve_precision(config.train.precision, device)
+    set_precision_of_products(precision, device)
     ds_path = run_ds_config(arguments.ds_config, run_dir, arguments.resume)
     resolved = resolve_deepspeed(ds_path, config, plan, precision)
     console = Console(place.is_main)
@@ -85,6 +87,8 @@ def assemble(config: RunConfig, arguments: argparse.Namespace, run_dir: Path, pl
         return None
     with_cores = 0 if config.train.cpu_threads == "all" else resolve_workers(config, place)
     init_distributed(device, place, with_cores, config.train.timeout_minutes)
+    if resolved.offload_optimizer:
+        share_out_cores(place)
     # The default name holds the time of day, which ranks need not agree on.
     run_dir = on_main(lambda: run_dir)
     lock = together(lambda: _lock_run_dir(run_dir) if place.is_main else None)
@@ -321,6 +325,17 @@ def _announce(
     )
     for line in (engine.method.describe_views(), *engine.method.describe(plan.global_batch_size)):
         console.line(line)
+    if engine.device.type == "cuda":
+        console.line(_attention_of_captions(engine.device, precision))
+
+
+def _attention_of_captions(device: torch.device, precision: str) -> str:
+    """Which way captions of unequal lengths take, of which one is much slower."""
+    if precision not in ("bf16", "fp16"):
+        return f"captions: attention length by length, as no kernel takes them all in {precision}"
+    if not has_unequal_length_kernel(device):
+        return f"captions: attention length by length, as torch {torch.__version__} has no kernel for all on this GPU"
+    return "captions: attention of all lengths in one kernel"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

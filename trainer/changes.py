@@ -56,7 +56,8 @@ _EFFECTS |= dict.fromkeys(
     "other views from here on",
 )
 _EFFECTS |= dict.fromkeys(
-    ("train.precision", "train.communication_dtype", "precision", "device"), "other rounding from here on"
+    ("train.precision", "train.communication_dtype", "train.gradient_dtype", "precision", "device"),
+    "other rounding from here on",
 )
 _EFFECTS |= {"train.ema_decay": "another average from here on"}
 

@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="default: the recipe's")
     parser.add_argument("--workers", type=int, help="loader processes per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="for the JSON files (default: RUN/evaluation/step_N)"
     )

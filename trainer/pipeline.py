@@ -36,7 +36,6 @@ from trainer.ranks.launch import Place
 from trainer.ranks.signals import told_to_stop
 from trainer.views import sample_transform
 
-_MAX_AUTO_WORKERS = 8
 # They decide the shapes of the text tower's work, which the host has to know without asking the device.
 _ON_HOST = frozenset({"text_lengths", "mlm_index"})
 
@@ -124,6 +123,7 @@ class TrainData:
         self._accumulation_steps = plan.accumulation_steps
         self._offset = offset
         self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         transform = sample_transform(config, method, tokenizer)
         self.loader: TrainLoader = build_train_loader(
             sources,
@@ -151,12 +151,19 @@ class TrainData:
             yield [next(self.loader) for _ in range(self._accumulation_steps)]
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Copy a micro-batch's tensors to the device, without waiting when memory is pinned."""
-        moved = dict(batch)
-        for name, value in batch.items():
-            if torch.is_tensor(value) and name not in _ON_HOST:
-                moved[name] = value.to(self._device, non_blocking=True)
-        return moved
+        """Copy a micro-batch's tensors to the device: on a GPU beside the step before, and without waiting."""
+        names = [name for name, value in batch.items() if torch.is_tensor(value) and name not in _ON_HOST]
+        if self._copies is None:
+            return batch | {name: batch[name].to(self._device) for name in names}
+        # The host is ahead of the device: a stream of its own begins while the step before is still being computed.
+        with torch.cuda.stream(self._copies):
+            moved = {name: batch[name].to(self._device, non_blocking=True) for name in names}
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        for tensor in moved.values():
+            # Else its memory would be free for the next copy as soon as the host lets go of it.
+            tensor.record_stream(computing)
+        return batch | moved
 
     def samples_seen(self, step: int) -> dict[str, int]:
         """Samples of each source after `step` steps, those that rollbacks left out included."""
@@ -223,4 +230,4 @@ def resolve_workers(config: RunConfig, place: Place) -> int:
     if config.data.workers != "auto":
         return config.data.workers
     cores = len(os.sched_getaffinity(0)) // place.local_world_size
-    return max(1, min(_MAX_AUTO_WORKERS, cores - 1))
+    return max(1, cores - 1)

@@ -64,14 +64,19 @@ class CaptionOnly:
         return np.zeros((3, 1, 1), dtype=np.uint8)
 
 
-def principal_components(store: "RowStore", dim: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+def over_ranks(values: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """The sum over ranks of a CPU tensor, by way of the device that the ranks talk through. Collective."""
+    from losses.distributed import all_reduce_sum_
+
+    return all_reduce_sum_(values.to(device)).cpu()
+
+
+def principal_components(store: "RowStore", dim: int, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
     """Mean float64 [D] and the first `dim` axes float64 [D, dim] of the rows of all ranks. Collective.
 
     The axes are fixed but for rounding: the entry of each that is largest in size is positive.
     """
     import torch
-
-    from losses.distributed import all_reduce_sum_
 
     total = torch.zeros(store.dim + 1, dtype=torch.float64)
     moments = torch.zeros(store.dim, store.dim, dtype=torch.float64)
@@ -79,8 +84,7 @@ def principal_components(store: "RowStore", dim: int) -> tuple["torch.Tensor", "
         total[:-1] += rows.sum(0)
         total[-1] += len(rows)
         moments += rows.T @ rows
-    all_reduce_sum_(total)
-    all_reduce_sum_(moments)
+    total, moments = over_ranks(total, device), over_ranks(moments, device)
     mean = total[:-1] / total[-1]
     axes = torch.linalg.eigh(moments / total[-1] - torch.outer(mean, mean)).eigenvectors.flip(1)[:, :dim]
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
@@ -100,7 +104,6 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
 
     from data.captions.hf_tokenizer import HfTokenizer
     from data.loader import build_eval_loader
-    from losses.distributed import all_reduce_sum_
     from losses.row_store import RowStore
     from models.hf_backbone import read_hf_config
     from models.hf_towers import HfTextTower
@@ -150,16 +153,17 @@ def make_teacher(arguments: argparse.Namespace, place: Place) -> None:
         world_size=place.world_size,
         batch_size=arguments.batch_size,
         workers=resolve_workers(config, place),
+        pin_memory=device.type == "cuda",
         patience=patience(config),
     )
     share = (-(-count // arguments.batch_size) // place.world_size + 1) * arguments.batch_size
     store = RowStore(share, tower.width, int(arguments.memory_gib * 2**30))
     console.line(f"encoding {count} captions with {arguments.model}")
     places = together(lambda: encode_captions(loader, tokenizer, tower, device, store))
-    unreadable = count - int(all_reduce_sum_(torch.tensor(len(places))))
+    unreadable = count - int(over_ranks(torch.tensor(len(places)), device))
     if unreadable:
         console.warn(f"{unreadable} of {count} captions cannot be read and have rows of zeros")
-    mean, axes = principal_components(store, arguments.dim)
+    mean, axes = principal_components(store, arguments.dim, device)
     written = np.load(arguments.out, mmap_mode="r+")
     for start, rows in zip(range(0, len(store), _CHUNK_ROWS), chunks(store), strict=True):
         written[places[start : start + _CHUNK_ROWS]] = ((rows - mean) @ axes).float().numpy()

@@ -14,6 +14,7 @@ from trainer.building import build_method
 from trainer.checkpoint.folders import list_checkpoints, step_of, verify_alone
 from trainer.config.sections import RunConfig
 from trainer.config.start import saved_config
+from trainer.engine.device import set_precision_of_products
 from trainer.errors import ConfigError
 from trainer.loading import check_method
 from trainer.methods import Method
@@ -56,6 +57,7 @@ class TrainedModel:
         self.method = method.to(device).eval()
         self.device = device
         self._dtype = _AUTOCAST.get(precision)
+        set_precision_of_products(precision, device)
 
     def __call__(self, phase: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Run one phase (`image`, `text`) of the method's forward."""

@@ -76,7 +76,7 @@ def test_components_keep_the_distances_of_data_of_low_rank():
     rows = torch.randn(50, 4, generator=generator) @ torch.randn(4, 30, generator=generator)
     store = RowStore(50, 30, 1 << 20)
     store.append(rows)
-    mean, axes = principal_components(store, 6)
+    mean, axes = principal_components(store, 6, torch.device("cpu"))
     reduced = (rows.double() - mean) @ axes
     found, expected = (torch.cdist(entry, entry) for entry in (reduced, rows.double()))
     # The distance of a point to itself is the root of a rounding error.

@@ -138,19 +138,20 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
         path: DeepSpeed JSON; None is ZeRO stage 0 with everything automatic.
         config: The run's configuration.
         plan: Its batch arithmetic.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`.
 
     Raises:
         ConfigError: Missing or invalid file, or a fixed value that contradicts the recipe (both are named).
     """
     tree = {} if path is None else read_ds_config(path)
     source = path or "the default DeepSpeed configuration"
-    lowered = precision != "fp32"
+    lowered = precision in ("bf16", "fp16")
     owned = {
         "train_batch_size": (plan.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (plan.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (plan.accumulation_steps, "train.global_batch_size / micro / ranks"),
         "gradient_clipping": (config.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+        "communication_data_type": (config.train.gradient_dtype, "train.gradient_dtype"),
         "torch_autocast.enabled": (lowered, "train.precision"),
         "torch_autocast.dtype": ("float16" if precision == "fp16" else "bfloat16", "train.precision"),
         # Parameters stay fp32 and autocast computes in bf16 or fp16: a 16-bit logit_scale moves in steps of 3 %.
@@ -158,13 +159,20 @@ def resolve_deepspeed(path: str | None, config: RunConfig, plan: BatchPlan, prec
         "fp16.enabled": (False, "train.precision (fp32 parameters, torch_autocast)"),
     }
     _check_fp16_clipping(tree, precision, config)
+    says_dtype = "communication_data_type" in tree
     for dotted, (value, key) in owned.items():
         _fill(tree, dotted, value, key, source)
     portable = copy.deepcopy(tree)
     for dotted in owned:
         *parents, last = dotted.split(".")
         functools.reduce(dict.__getitem__, parents, portable)[last] = "auto"
-    if not lowered:
+    if not says_dtype:
+        # Runs from before this setting have no such line.
+        del portable["communication_data_type"]
+    if lowered:
+        # What travels does not depend on the class of a module, as it would by DeepSpeed's own list.
+        tree["torch_autocast"]["lower_precision_safe_modules"] = []
+    else:
         del tree["torch_autocast"]
     # One engine step per optimizer step: the trainer's gradient cache does the accumulation (whole-batch negatives).
     tree.update(train_micro_batch_size_per_gpu=plan.rank_batch_size, gradient_accumulation_steps=1)

@@ -162,6 +162,9 @@ class EvalConfig(Section):
 class TrainConfig(Section):
     """Length, batch and numerics of a run.
 
+    `precision`: what towers and heads compute in; parameters, losses and the optimizer are fp32. `tf32` is fp32 whose
+        products a GPU rounds to TF32; `fp32` rounds nowhere. `auto` is bf16 where the hardware is fast with it.
+    `communication_dtype`: in which features travel between ranks; `gradient_dtype`: gradients, at every ZeRO stage.
     `timeout_minutes`: a step, save or evaluation set that makes no progress for so long ends the job on all ranks.
     `verify_replicas_every`: compare what must be equal on all ranks every so many steps; 0 never does.
     `cpu_threads`: of each rank for its own work on a CPU, where OMP_NUM_THREADS does not say; `auto` leaves a core to
@@ -173,8 +176,9 @@ class TrainConfig(Section):
     stop_after: int | None = Field(None, ge=1)
     global_batch_size: int = Field(ge=2)
     micro_batch_size: int | Literal["auto"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     communication_dtype: Literal["fp32", "bf16"] = "fp32"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**31)
     log_every: int = Field(10, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"

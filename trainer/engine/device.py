@@ -17,6 +17,10 @@ def select_device(requested: str, place: Place) -> torch.device:
     device = _select_device(requested, place)
     # DeepSpeed picks its accelerator while it is imported.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        # And its device by these, which count the node's ranks even where each sees one GPU alone.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(device.index)
     return device
 
 
@@ -44,9 +48,24 @@ def _has_own_gpu(place: Place) -> bool:
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:
-    """`auto` becomes bf16 where the hardware multiplies bf16 fast (CUDA >= 8.0, a CPU with AMX), else fp32."""
+    """What is computed in: `auto` is bf16 where the hardware multiplies it fast (CUDA >= 8.0, a CPU with AMX), else fp32.
+
+    `tf32` is fp32 on devices without it.
+    """
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if requested == "tf32":
+        return "tf32" if has_tensor_cores else "fp32"
     if requested != "auto":
         return requested
+    return "bf16" if has_tensor_cores or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()) else "fp32"
+
+
+def set_precision_of_products(precision: str, device: torch.device) -> None:
+    """Let a GPU's products and convolutions of float32 round to TF32 under `tf32`, and under nothing else.
+
+    torch's own defaults differ: convolutions round, products do not. Losses are exact either way
+    (`losses.functional.exact_products`).
+    """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -33,6 +33,7 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
             itself, so that the watchdog, which knows who is missing, speaks first.
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     from deepspeed.utils import logger
 
@@ -54,6 +55,12 @@ def init_distributed(device: torch.device, place: Place, workers: int = 0, timeo
     )
 
 
+def share_out_cores(place: Place) -> None:
+    """Threads for an optimizer on the CPU under torchrun, which tells each of several ranks to use one."""
+    if place.launcher == "torchrun" and place.local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+
+
 def _import_muon() -> None:
     """Import DeepSpeed's Muon, which no recipe can choose, before the first backward does.
 
@@ -70,6 +77,30 @@ def _import_muon() -> None:
         del os.environ["TORCHDYNAMO_DISABLE"]
         if before is not None:
             os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def _fit_buckets(tree: dict[str, Any], elements: int) -> None:
+    """Make no bucket larger than all gradients together: DeepSpeed allocates it whole."""
+    zero = tree["zero_optimization"]
+    if zero["stage"]:
+        tree["zero_optimization"] = zero = dict(zero)
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            zero[name] = min(int(zero.get(name, elements)), elements)
+
+
+@contextlib.contextmanager
+def _gradients_in(dtype: torch.dtype, method: Method) -> Iterator[None]:
+    """Under autocast, have ZeRO set up the reduction of gradients in this type.
+
+    It asks each parameter, whose answer ZeRO 3 would later take for the gathering of weights as well.
+    """
+    for parameter in method.parameters():
+        parameter.comm_dtype = dtype
+    try:
+        yield
+    finally:
+        for parameter in method.parameters():
+            del parameter.comm_dtype
 
 
 class Engine:
@@ -104,7 +135,12 @@ class Engine:
         self.decides_on_device = self._takes_over_the_check(tree, optimizer)
         if self.stage:
             _import_muon()
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=tree)
+        _fit_buckets(tree, sum(math.prod(shape) for shape in self.parameter_shapes.values()))
+        lowered = self.stage and "torch_autocast" in tree and config.train.gradient_dtype == "bf16"
+        with _gradients_in(torch.bfloat16, method) if lowered else contextlib.nullcontext():
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=tree)
+        if lowered:
+            self.optimizer.get_param_comm_dtype = lambda parameter: torch.bfloat16
         self.method: Method = self.deepspeed.module
 
     def _takes_over_the_check(self, tree: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:

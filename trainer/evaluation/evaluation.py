@@ -97,6 +97,7 @@ class Evaluation:
             batch_size=batch_size,
             max_samples=data.max_samples,
             workers=resolve_workers(self._config, self._place),
+            pin_memory=encoder.device.type == "cuda",
             patience=patience(self._config),
             background=config.train.cpu_threads == "all",
         )

@@ -24,6 +24,8 @@ _LOST_CONTACT = (
     "Connection reset by peer",
     "Broken pipe",
     "NCCL communicator was aborted",
+    "remote process exited",
+    "ncclRemoteError",
 )
 # Called with the message and exit code when this rank leaves with an error: the run's way to tell the others.
 _heralds: list[Callable[[str, int], None]] = []

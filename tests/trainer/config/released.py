@@ -203,7 +203,8 @@ _BOUNDS = {
     "method.logit_scale_dense_min": Deviation(0.0, "The token-wise temperature has bounds"),
     "method.logit_scale_dense_max": Deviation(math.log(100.0), "The token-wise temperature has bounds"),
 }
-_YFCC_DEVIATIONS = {**_CEILING, **_SYNC, **_STEPS}
+_TF32 = {"train.precision": Deviation("tf32", "tf32 stands for its fp32")}
+_YFCC_DEVIATIONS = {**_CEILING, **_SYNC, **_STEPS, **_TF32}
 _88M_DEVIATIONS = {
     **_CEILING,
     **_SYNC,

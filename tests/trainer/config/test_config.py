@@ -183,7 +183,11 @@ def test_deepspeed_accepts_fixed_values_that_agree(tmp_path):
 def test_deepspeed_lowers_precision_through_autocast():
     config = load_config("demo")
     resolved = resolve_deepspeed(None, config, plan_batch(config, 1), "bf16")
-    assert resolved.config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert resolved.config["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
     assert resolved.config["bf16"] == {"enabled": False}
 
 

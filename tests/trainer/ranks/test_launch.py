@@ -124,7 +124,7 @@ def test_gloo_without_a_way_out_says_so(environment, monkeypatch):
     ],
 )
 def test_device_of_a_rank(launcher, visible, gpus, expected, environment, monkeypatch):
-    environment(CUDA_VISIBLE_DEVICES=visible)
+    environment(CUDA_VISIBLE_DEVICES=visible, LOCAL_RANK="2", OMPI_COMM_WORLD_LOCAL_RANK="2", DS_ACCELERATOR="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     place = Place(2, 2, 4, 4, launcher)
@@ -133,6 +133,8 @@ def test_device_of_a_rank(launcher, visible, gpus, expected, environment, monkey
             select_device("auto", place)
     else:
         assert select_device("auto", place) == torch.device("cuda", expected)
+        # DeepSpeed takes the device that these name, and refuses two that differ.
+        assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(expected)
 
 
 def test_batch_script_without_srun_is_one_process(environment):
