@@ -48,7 +48,7 @@ def _has_own_gpu(place: Place) -> bool:
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:
-    """What is computed in: `auto` is bf16 where the hardware multiplies it fast (CUDA >= 8.0, a CPU with AMX), else fp32.
+    """What is computed in: `auto` is bf16 where hardware multiplies it fast (CUDA >= 8.0, a CPU with AMX), else fp32.
 
     `tf32` is fp32 on devices without it.
     """

@@ -83,6 +83,8 @@ def _fit_buckets(tree: dict[str, Any], elements: int) -> None:
     """Make no bucket larger than all gradients together: DeepSpeed allocates it whole."""
     zero = tree["zero_optimization"]
     if zero["stage"]:
+        # It wants a multiple of its alignment, 2.
+        elements += elements % 2
         tree["zero_optimization"] = zero = dict(zero)
         for name in ("reduce_bucket_size", "allgather_bucket_size"):
             zero[name] = min(int(zero.get(name, elements)), elements)
