@@ -1,5 +1,6 @@
 """From the recipe's data section to micro-batches on the device."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -123,7 +124,6 @@ class TrainData:
         self._accumulation_steps = plan.accumulation_steps
         self._offset = offset
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         transform = sample_transform(config, method, tokenizer)
         self.loader: TrainLoader = build_train_loader(
             sources,
@@ -144,6 +144,10 @@ class TrainData:
             patience=patience(config),
             background=config.train.cpu_threads == "all",
         )
+
+    @functools.cached_property
+    def _copies(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the micro-batches of one step after the other, from the start step on."""
