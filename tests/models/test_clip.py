@@ -57,7 +57,7 @@ def test_views_share_a_pass_unless_they_would_share_batch_statistics(name, passe
     calls = []
     model.image_tower.register_forward_pre_hook(lambda *_: calls.append(1))
     features = model.encode_image_views(views)
-    assert features.shape == (2, 4, 128)
+    assert features.shape == (2, 4, model.embed_dim)
     assert len(calls) == passes
     expected = torch.stack([reference.encode_image(view) for view in views])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
