@@ -57,11 +57,13 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features).float())
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises each channel.
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """Normalises each channel, per view: V views are as V sequential calls, in one.
 
         Args:
-            x: [n, C], [n, C, H, W], or [V, n, C], which is normalised per view: V sequential calls in one.
+            x: [n, C] or [n, C, H, W], or with several views [V * n, C] or [V * n, C, H, W], one after the other, or
+                [V, n, C], whose shape says how many they are.
+            views: The number V of views that the first dimension holds.
 
         Returns:
             Tensor of the shape and dtype of `x`.
@@ -75,13 +77,11 @@ class BatchNorm(nn.Module):
                 f"BatchNorm got shape {tuple(x.shape)}; expected [n, C], [V, n, C] or [n, C, H, W] "
                 f"with C = {self.num_features}"
             )
-        if not self.training:
-            return self._normalise_locally(x.flatten(0, 1)).view_as(x) if x.ndim == 3 else self._normalise_locally(x)
-        if self.sync and _world_size() > 1:
-            return self._normalise_across_ranks(x)
+        if views != 1 and (x.ndim == 3 or views < 1 or x.shape[0] % views):
+            raise ValueError(f"BatchNorm got shape {tuple(x.shape)}, whose first dimension is not {views} equal views")
         if x.ndim == 3:
-            return torch.stack([self._normalise_locally(view) for view in x])
-        return self._normalise_locally(x)
+            return self._normalise(x.flatten(0, 1), x.shape[0]).view(x.shape)
+        return self._normalise(x, views)
 
     def train(self, mode: bool = True) -> "BatchNorm":
         """As `nn.Module.train`; a locked layer stays in evaluation mode."""
@@ -89,6 +89,13 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, sync={self.sync}, eps={self.eps}, momentum={self.momentum}"
+
+    def _normalise(self, x: Tensor, views: int) -> Tensor:
+        if self.training and self.sync and _world_size() > 1:
+            return self._normalise_across_ranks(x, views)
+        if not self.training or views == 1:
+            return self._normalise_locally(x)
+        return torch.cat([self._normalise_locally(part) for part in x.chunk(views)])
 
     def _normalise_locally(self, x: Tensor) -> Tensor:
         dtype = self.running_mean.dtype
@@ -109,35 +116,23 @@ class BatchNorm(nn.Module):
             eps=self.eps,
         )
 
-    def _normalise_across_ranks(self, x: Tensor) -> Tensor:
-        num_views = x.shape[0] if x.ndim == 3 else 1
-        # Views become extra channels, so that one reduction serves them all.
-        columns = _dense(x.transpose(0, 1).flatten(1) if x.ndim == 3 else x)
-        mean, var, count = _global_statistics(columns.detach(), self.eps)
+    def _normalise_across_ranks(self, x: Tensor, views: int) -> Tensor:
+        x = _dense(x)
+        mean, var, count = _global_statistics(x.detach(), views, self.eps)
         if self._tracks_this_forward():
-            self._update_running_statistics(mean, var, count, num_views)
+            self._update_running_statistics(mean, var, count)
         dtype = mean.dtype
-        normalised = _SynchronisedNormalise.apply(
-            columns,
-            self.weight.to(dtype).repeat(num_views),
-            self.bias.to(dtype).repeat(num_views),
-            mean,
-            torch.rsqrt(var + self.eps),
-            count,
-            self.eps,
+        return _SynchronisedNormalise.apply(
+            x, self.weight.to(dtype), self.bias.to(dtype), mean, torch.rsqrt(var + self.eps), count, self.eps
         )
-        if x.ndim == 3:
-            return normalised.unflatten(1, (num_views, self.num_features)).transpose(0, 1)
-        return normalised
 
     @torch.no_grad()
-    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: Tensor, num_views: int) -> None:
+    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         unbiased_var = var * (count / (count - 1).clamp(min=1)).to(var.dtype)
-        views = zip(mean.view(num_views, -1), unbiased_var.view(num_views, -1), strict=True)
-        for view_mean, view_var in views:
+        for view_mean, view_var in zip(mean, unbiased_var, strict=True):
             self.running_mean.lerp_(view_mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(view_var.to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked.add_(num_views)
+        self.num_batches_tracked.add_(len(mean))
 
     def _tracks_this_forward(self) -> bool:
         # torch.utils.checkpoint tells recomputations apart by the same id: -1 means that no backward is running.
@@ -201,7 +196,7 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The CUDA kernels read packed memory, channels-first or channels-last."""
+    """The CUDA kernels read packed memory, channels-first or channels-last; a part of the batch is packed as all is."""
     return x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
@@ -217,18 +212,19 @@ def _local_mean_and_var(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean.double(), var.double()
 
 
-def _global_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over all ranks, and the number of values behind each."""
-    mean, var = _local_mean_and_var(x, eps)
-    num_channels = x.shape[1]
-    count = x.numel() // num_channels
+def _global_statistics(x: Tensor, views: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance over all ranks, [V, C] each, and the number of values behind each, [1]."""
+    local = [_local_mean_and_var(part, eps) for part in x.chunk(views)]
+    mean, var = (torch.stack(values) for values in zip(*local, strict=True))
+    count = x.numel() // mean.numel()
     # Raw moments add up across ranks of unequal batch; float64 keeps the later E[x^2] - E[x]^2 accurate, which
     # float32 would lose for channels whose mean is far from zero.
-    moments = torch.cat([mean.new_full((1,), count), count * mean, count * (var + mean.square())])
+    square_mean = var + mean.square()
+    moments = torch.cat([mean.new_full((1,), count), count * mean.flatten(), count * square_mean.flatten()])
     torch.distributed.all_reduce(moments)
-    total, sums, square_sums = moments.split([1, num_channels, num_channels])
-    mean = sums / total
-    var = (square_sums / total - mean.square()).clamp(min=0)
+    total, sums, square_sums = moments.split([1, mean.numel(), mean.numel()])
+    mean = sums.view_as(mean) / total
+    var = (square_sums.view_as(mean) / total - mean.square()).clamp(min=0)
     dtype = _wide(x.dtype)
     return mean.to(dtype), var.to(dtype), total
 
@@ -237,7 +233,8 @@ class _SynchronisedNormalise(torch.autograd.Function):
     """Normalisation with given global statistics; the backward adds their dependence on every rank's input.
 
     The gradient of the input is that of the sum over ranks of their losses; gain and bias get this rank's part, to be
-    averaged by the data-parallel engine like those of any other parameter.
+    averaged by the data-parallel engine like those of any other parameter. The rows of `mean` and `inverse_std`,
+    [V, C], belong to the V equal parts of the batch.
     """
 
     @staticmethod
@@ -245,39 +242,68 @@ class _SynchronisedNormalise(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, count: Tensor, eps: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
-        if x.is_cuda:
-            return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
-        gain = _per_channel(weight * inverse_std, x)
-        return ((x - _per_channel(mean, x)) * gain + _per_channel(bias, x)).to(x.dtype)
+        output = torch.empty_like(x)
+        views = len(mean)
+        for target, part, *statistics in zip(output.chunk(views), x.chunk(views), mean, inverse_std, strict=True):
+            _normalise_into(target, part, weight, bias, *statistics, eps)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         x, weight, mean, inverse_std, count = ctx.saved_tensors
-        # sum_grad and sum_grad_deviation are the sums of dy and of dy * (x - mean).
-        if x.is_cuda:
-            grad_output = _dense(grad_output)
-            sum_grad, sum_grad_deviation, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-                grad_output, x, mean, inverse_std, weight, True, True, True
-            )
-        else:
-            grad_output, deviation = grad_output.to(mean.dtype), x - _per_channel(mean, x)
-            sum_grad = grad_bias = grad_output.sum(_reduced_dims(x))
-            sum_grad_deviation = (grad_output * deviation).sum(_reduced_dims(x))
-            grad_weight = sum_grad_deviation * inverse_std
+        grad_output = _dense(grad_output) if x.is_cuda else grad_output.to(mean.dtype)
+        views = len(mean)
+        parts = list(zip(grad_output.chunk(views), x.chunk(views), mean, inverse_std, strict=True))
+        reduced = zip(*[_reduce_gradient(*part, weight) for part in parts], strict=True)
+        sum_grad, sum_grad_deviation, grad_weight, grad_bias = (torch.stack(values) for values in reduced)
+        grad_weight, grad_bias = grad_weight.sum(0), grad_bias.sum(0)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, grad_bias, None, None, None, None
 
-        sums = torch.cat([sum_grad, sum_grad_deviation])
+        sums = torch.stack([sum_grad, sum_grad_deviation], dim=1)
         torch.distributed.all_reduce(sums)
-        sum_grad, sum_grad_deviation = sums.chunk(2)
-        if x.is_cuda:
-            grad_x = torch.batch_norm_backward_elemt(
-                grad_output, x, mean, inverse_std, weight, sum_grad, sum_grad_deviation, count.to(torch.int32)
-            )
-        else:
-            shared = sum_grad / count.to(mean.dtype)
-            slope = sum_grad_deviation * inverse_std.square() / count.to(mean.dtype)
-            correction = _per_channel(shared, x) + deviation * _per_channel(slope, x)
-            grad_x = ((grad_output - correction) * _per_channel(weight * inverse_std, x)).to(x.dtype)
+        grad_x = [_input_gradient(*part, weight, *totals, count) for part, totals in zip(parts, sums, strict=True)]
+        grad_x = grad_x[0] if views == 1 else torch.cat(grad_x)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _normalise_into(
+    target: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
+) -> None:
+    if x.is_cuda:
+        torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps, out=target)
+        return
+    gain = _per_channel(weight * inverse_std, x)
+    target.copy_((x - _per_channel(mean, x)) * gain + _per_channel(bias, x))
+
+
+def _reduce_gradient(
+    grad_output: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of dy and of dy * (x - mean) over this rank's part of a view, and the gradients of gain and bias."""
+    if x.is_cuda:
+        return torch.batch_norm_backward_reduce(grad_output, x, mean, inverse_std, weight, True, True, True)
+    sum_grad = grad_output.sum(_reduced_dims(x))
+    sum_grad_deviation = (grad_output * (x - _per_channel(mean, x))).sum(_reduced_dims(x))
+    return sum_grad, sum_grad_deviation, sum_grad_deviation * inverse_std, sum_grad
+
+
+def _input_gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    sum_grad: Tensor,
+    sum_grad_deviation: Tensor,
+    count: Tensor,
+) -> Tensor:
+    if x.is_cuda:
+        return torch.batch_norm_backward_elemt(
+            grad_output, x, mean, inverse_std, weight, sum_grad, sum_grad_deviation, count.to(torch.int32)
+        )
+    shared = sum_grad / count.to(mean.dtype)
+    slope = sum_grad_deviation * inverse_std.square() / count.to(mean.dtype)
+    correction = _per_channel(shared, x) + (x - _per_channel(mean, x)) * _per_channel(slope, x)
+    return ((grad_output - correction) * _per_channel(weight * inverse_std, x)).to(x.dtype)

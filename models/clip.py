@@ -69,9 +69,11 @@ class ClipModel(nn.Module):
 
     Args:
         image_tower: Module from images [n, 3, H, W] to [n, embed_dim], with attributes `image_size`, `embed_dim`,
-            `pooled_dim`, `has_batch_norm` and `has_patch_dropout`; with the last, its forward also takes keys int64
-            [n]. Asked `with_pooled`, it also returns [n, pooled_dim], what its projection reads. One that `has_tokens`
-            also knows `with_tokens`, `num_tokens` (in training), `token_dim` and `head_modules`.
+            `pooled_dim`, `has_batch_norm`, `takes_views` and `has_patch_dropout`; with the last, its forward also takes
+            keys int64 [n]. One that `takes_views` is told how many `views` its images are, which follow each other in
+            equal parts, so that its batch norms keep them apart; another `has_batch_norm` gets one view per call. Asked
+            `with_pooled`, it also returns [n, pooled_dim], what its projection reads. One that `has_tokens` also knows
+            `with_tokens`, `num_tokens` (in training), `token_dim` and `head_modules`.
         text_tower: A `TextTransformer` of the same `embed_dim`, or a module with its forward and sizes.
         pixel_mean: What is subtracted from the channels of pixels in [0, 1] before the image tower.
         pixel_std: What they are divided by then.
@@ -110,7 +112,7 @@ class ClipModel(nn.Module):
         return self._run_image_tower(images, dropout_keys)
 
     def encode_image_views(self, images: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        """Encodes several views in one pass, or in one pass per view if the tower has batch norm.
+        """Encodes several views in one pass, or in one pass per view if the tower's batch norms cannot tell them apart.
 
         Args:
             images: float [V, n, 3, H, W], normalised.
@@ -160,16 +162,19 @@ class ClipModel(nn.Module):
         text = self.encode_text(token_ids, text_lengths)
         return self.encode_image(images, dropout_keys), text.features, self.logit_scale()
 
-    def _run_image_tower(self, images: Tensor, dropout_keys: Tensor | None, **options: bool):
+    def _run_image_tower(self, images: Tensor, dropout_keys: Tensor | None, **options: int):
         if not self.image_tower.has_patch_dropout:
             return self.image_tower(images, **options)
         return self.image_tower(images, dropout_keys, **options)
 
-    def _run_on_views(self, images: Tensor, dropout_keys: Tensor | None, **options: bool) -> list[Tensor]:
+    def _run_on_views(self, images: Tensor, dropout_keys: Tensor | None, **options: int) -> list[Tensor]:
         """What the image tower returns, each tensor by view."""
-        if self.image_tower.has_batch_norm:
+        tower = self.image_tower
+        if tower.has_batch_norm and not tower.takes_views:
             outputs = [_as_tuple(self._run_image_tower(view, None, **options)) for view in images]
             return [torch.stack(views) for views in zip(*outputs, strict=True)]
+        if tower.takes_views:
+            options["views"] = len(images)
         keys = None if dropout_keys is None else dropout_keys.flatten()
         output = _as_tuple(self._run_image_tower(images.flatten(0, 1), keys, **options))
         return [tensor.unflatten(0, images.shape[:2]) for tensor in output]

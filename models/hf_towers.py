@@ -49,6 +49,7 @@ class HfImageTower(nn.Module):
         ValueError: If the source gives no vision model, or an option does not fit it.
     """
 
+    takes_views = False
     has_patch_dropout = False
     has_tokens = False
 

@@ -33,6 +33,7 @@ class ModifiedResNet(nn.Module):
     """
 
     has_batch_norm = True
+    takes_views = True
     has_patch_dropout = False
     has_tokens = True
 
@@ -74,12 +75,13 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(self.num_tokens, channels, heads, embed_dim)
 
     def forward(
-        self, images: Tensor, *, with_pooled: bool = False, with_tokens: bool = False
+        self, images: Tensor, *, views: int = 1, with_pooled: bool = False, with_tokens: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Encodes one view of the batch; another view in the same call would share its batch statistics.
+        """Encodes one or more views of the batch, each with its own batch statistics.
 
         Args:
-            images: float [n, 3, image_size, image_size], normalised.
+            images: float [n, 3, image_size, image_size], normalised; the views, of equal sizes, follow each other.
+            views: How many views these are.
             with_pooled: Also return what the projection reads.
             with_tokens: Instead return the last feature map as well.
 
@@ -88,19 +90,22 @@ class ModifiedResNet(nn.Module):
             pair, the second [n, P, token_dim], the positions of the feature map row by row, before their pooling.
 
         Raises:
-            ValueError: On images of another size.
+            ValueError: On images of another size, or in training a batch that is not `views` equal parts.
         """
         check_image_shape(images, self.image_size)
         # The layout of tensor-core convolutions, and the faster one on processors; every layer hands it on.
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(x), views), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x), views), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x), views), inplace=True)
         x = F.avg_pool2d(x, 2)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
+                if recompute:
+                    x = checkpoint(block, x, views, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, views)
         features, pooled = self.attnpool(x)
         if with_tokens:
             return features, x.flatten(2).transpose(1, 2)
@@ -136,12 +141,19 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(channels, out_channels, 1, bias=False), BatchNorm(out_channels, sync=sync_batch_norm)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
-        residual = self.bn3(self.conv3(self._pool(residual)))
-        shortcut = x if self.downsample is None else self.downsample(self._pool(x))
-        return F.relu(residual + shortcut, inplace=True)
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """Maps [V * n, channels, H, W] to [V * n, 4 * planes, H / stride, W / stride]."""
+        residual = F.relu(self.bn1(self.conv1(x), views), inplace=True)
+        residual = F.relu(self.bn2(self.conv2(residual), views), inplace=True)
+        residual = self.bn3(self.conv3(self._pool(residual)), views)
+        return F.relu(residual + self._shortcut(x, views), inplace=True)
+
+    def _shortcut(self, x: Tensor, views: int) -> Tensor:
+        if self.downsample is None:
+            return x
+        # Sequential, whose names the state dict has, would not hand on the number of views.
+        conv, norm = self.downsample
+        return norm(conv(self._pool(x)), views)
 
     def _pool(self, x: Tensor) -> Tensor:
         return x if self.stride == 1 else F.avg_pool2d(x, self.stride)

@@ -28,6 +28,7 @@ class TimmTower(nn.Module):
         ImportError: If timm is not installed.
     """
 
+    takes_views = False
     has_patch_dropout = False
     has_tokens = False
 

@@ -40,6 +40,7 @@ class VisionTransformer(nn.Module):
     """
 
     has_batch_norm = False
+    takes_views = False
     has_tokens = True
 
     def __init__(

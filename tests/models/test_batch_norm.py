@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.batch_norm import BatchNorm, check_batch_norm_mode, frozen_running_statistics
-from tests.distributed import run_distributed
+from tests.distributed import recorded_collectives, run_distributed
 
 C = 5
 
@@ -64,6 +64,34 @@ def test_views_are_normalised_one_after_another():
     layer.eval()
     reference.eval()
     torch.testing.assert_close(layer(x), torch.stack([reference(view) for view in x]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sync", [True, False])
+def test_stacked_views_equal_sequential_calls_bitwise_on_one_rank(layout, sync):
+    together, apart = (
+        run_views(make_layer(sync=sync), make_views(3, 4).to(memory_format=layout), 3, split=split)
+        for split in (False, True)
+    )
+    assert together["output"].is_contiguous(memory_format=layout)
+    for name, value in apart.items():
+        assert torch.equal(together[name], value), name
+    assert together["num_batches_tracked"] == 3
+
+
+def test_stacked_views_in_other_shapes_and_modes():
+    layer, x = make_layer(), make_views(3, 4)
+    torch.testing.assert_close(
+        make_layer()(x[..., 0, 0], 3), make_layer()(x[..., 0, 0].unflatten(0, (3, 4))).flatten(0, 1)
+    )
+    assert (layer(x, 3) - layer(x)).abs().max() > 0.5
+    assert layer.num_batches_tracked == 4
+    before = buffers(layer)
+    with frozen_running_statistics(layer):
+        layer(x, 3)
+    layer.eval()
+    assert torch.equal(layer(x, 3), layer(x))
+    assert all(torch.equal(buffers(layer)[name], value) for name, value in before.items())
 
 
 def test_matches_a_float64_loop():
@@ -130,6 +158,10 @@ def test_errors_name_the_fix():
     layer = make_layer()
     with pytest.raises(ValueError, match=r"expected \[n, C\], \[V, n, C\] or \[n, C, H, W\] with C = 5"):
         layer(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="not 2 equal views"):
+        layer(torch.zeros(3, C, 1, 1), 2)
+    with pytest.raises(ValueError, match="not 2 equal views"):
+        layer(torch.zeros(2, 3, C), 2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.zeros(1, C))
     with pytest.raises(ValueError, match="use one of sync, local"):
@@ -141,9 +173,11 @@ def loss_weights(shape: tuple[int, ...]) -> torch.Tensor:
     return make_input(shape, seed=5)
 
 
-def run_and_collect(layer: BatchNorm, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+def run_and_collect(
+    layer: BatchNorm, x: torch.Tensor, weights: torch.Tensor, views: int = 1
+) -> dict[str, torch.Tensor]:
     x = x.detach().clone().requires_grad_()
-    output = layer(x)
+    output = layer(x, views)
     (output.float() * weights).square().sum().backward()
     return {
         "output": output.detach(),
@@ -152,6 +186,71 @@ def run_and_collect(layer: BatchNorm, x: torch.Tensor, weights: torch.Tensor) ->
         "grad_bias": layer.bias.grad,
         **buffers(layer),
     }
+
+
+def make_views(views: int, size: int) -> torch.Tensor:
+    scale = torch.arange(1.0, 1 + views).square().repeat_interleave(size)
+    return make_input((views * size, C, 2, 3)) * scale[:, None, None, None]
+
+
+def run_views(
+    layer: BatchNorm, x: torch.Tensor, views: int, *, split: bool = False, recompute: bool = False
+) -> dict[str, torch.Tensor]:
+    """What comes of views in one call, or in a call each; the weights of the loss depend on the place in the view."""
+    x = x.detach().clone().requires_grad_()
+    size = x.shape[0] // views
+    if split:
+        output = torch.cat([layer(part) for part in x.chunk(views)])
+    else:
+        output = checkpoint(layer, x, views, use_reentrant=False) if recompute else layer(x, views)
+    weights = (
+        torch.linspace(-1, 2, x[0].numel()).view(x[0].shape)
+        + torch.arange(views).repeat_interleave(size)[:, None, None, None]
+    )
+    (output.float() * weights).square().sum().backward()
+    gradients = {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+    return {"output": output.detach(), **gradients, **buffers(layer)}
+
+
+def views_on_rank(rank: int, world_size: int, layout: torch.memory_format, dtype: torch.dtype) -> list[tuple]:
+    x = make_views(3, 6)
+    # Ranks of unequal batch.
+    rows = [slice(0, 4), slice(4, 6)][rank]
+    x = x.unflatten(0, (3, 6))[:, rows].flatten(0, 1).to(dtype=dtype, memory_format=layout)
+    results = []
+    for options in ({}, {"split": True}, {"recompute": True}):
+        with recorded_collectives() as collectives:
+            result = run_views(make_layer(), x, 3, **options)
+        assert result["output"].dtype == result["x"].dtype == dtype
+        assert result["output"].is_contiguous(memory_format=layout)
+        results.append((result, [name for name, _ in collectives]))
+    return results
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_views_share_the_collectives_of_one(layout, dtype):
+    for together, apart, recomputed in run_distributed(views_on_rank, 2, layout, dtype):
+        assert together[1] == ["all_reduce"] * 2
+        assert apart[1] == ["all_reduce"] * 6
+        assert recomputed[1] == ["all_reduce"] * 3
+        for name, value in apart[0].items():
+            scale = value.abs().max()
+            torch.testing.assert_close(together[0][name] / scale, value / scale, atol=2e-6, rtol=0, msg=name)
+            assert torch.equal(together[0][name], recomputed[0][name]), name
+        assert together[0]["num_batches_tracked"] == 3
+
+
+def test_stacked_views_of_two_ranks_equal_one_process():
+    expected = run_views(make_layer(), make_views(3, 6), 3)
+    ranks = [results[0][0] for results in run_distributed(views_on_rank, 2, torch.channels_last, torch.float32)]
+    for name, value in expected.items():
+        if name in ("output", "x"):
+            merged = torch.cat([rank[name].unflatten(0, (3, -1)) for rank in ranks], dim=1).flatten(0, 1)
+        else:
+            merged = ranks[0][name] + ranks[1][name] if name in ("weight", "bias") else ranks[0][name]
+        scale = value.abs().max()
+        torch.testing.assert_close(merged / scale, value / scale, atol=5e-6, rtol=0, msg=name)
 
 
 def sync_on_rank(rank: int, world_size: int, shape, sizes, sync: bool) -> tuple[dict, list[torch.Size]]:
@@ -244,12 +343,13 @@ def test_synchronised_recomputation_is_bitwise_equal():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_cuda_kernels_match_the_portable_formulas(channels_last, monkeypatch):
+@pytest.mark.parametrize("views", [1, 3])
+def test_cuda_kernels_match_the_portable_formulas(channels_last, views, monkeypatch):
     monkeypatch.setattr("models.batch_norm._world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
     x, weights = make_input((6, C, 4, 4)), loss_weights((6, C, 4, 4))
-    expected = run_and_collect(make_layer(), x, weights)
+    expected = run_and_collect(make_layer(), x, weights, views)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     on_device = x.cuda().contiguous(memory_format=layout)
-    for name, value in run_and_collect(make_layer().cuda(), on_device, weights.cuda()).items():
+    for name, value in run_and_collect(make_layer().cuda(), on_device, weights.cuda(), views).items():
         torch.testing.assert_close(value.cpu(), expected[name], atol=1e-5, rtol=1e-4)

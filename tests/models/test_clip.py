@@ -50,17 +50,19 @@ def test_encoders_return_unnormalised_features(name):
     assert (text.features.norm(dim=-1) - 1).abs().min() > 0.1
 
 
-@pytest.mark.parametrize(("name", "passes"), [("vit_nano_p8_32", 1), ("rn_nano_32", 2)])
+@pytest.mark.parametrize(("name", "passes"), [("vit_nano_p8_32", 1), ("rn_nano_32", 1), ("timm:resnet18", 2)])
 def test_views_share_a_pass_unless_they_would_share_batch_statistics(name, passes):
-    model, reference = make_model(name), make_model(name)
+    model, reference = make_model(name, image_size=32), make_model(name, image_size=32)
     views = torch.stack([make_batch()[0], 5 * make_batch()[0] + 2])
     calls = []
     model.image_tower.register_forward_pre_hook(lambda *_: calls.append(1))
     features = model.encode_image_views(views)
-    assert features.shape == (2, 4, 128)
+    assert features.shape == (2, 4, model.embed_dim)
     assert len(calls) == passes
     expected = torch.stack([reference.encode_image(view) for view in views])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    for (buffer_name, found), buffer in zip(model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(found, buffer, msg=buffer_name)
 
 
 @pytest.mark.parametrize("name", ["vit_nano_p8_32", "rn_nano_32", "timm:resnet18", "hf:vit"])

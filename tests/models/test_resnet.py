@@ -5,7 +5,7 @@ from torch import nn
 
 from models.batch_norm import BatchNorm
 from models.resnet import AttentionPool, Bottleneck, ModifiedResNet
-from tests.distributed import run_distributed
+from tests.distributed import recorded_collectives, run_distributed
 
 SIZES = {"image_size": 64, "layers": (1, 2, 1, 1), "width": 16, "heads": 8, "embed_dim": 24}
 
@@ -59,6 +59,64 @@ def test_activation_checkpointing_changes_neither_gradients_nor_running_statisti
         assert torch.equal(one.grad, other.grad), name
     for (name, one), other in zip(towers[0].named_buffers(), towers[1].buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+def encode_views(images: torch.Tensor, views: int, *, split: bool, **options) -> dict[str, torch.Tensor]:
+    tower = make_tower(**options)
+    if split:
+        features, tokens = (
+            torch.cat(parts)
+            for parts in zip(*[tower(part, with_tokens=True) for part in images.chunk(views)], strict=True)
+        )
+    else:
+        features, tokens = tower(images, views=views, with_tokens=True)
+    (features.square().sum() + tokens.square().sum()).backward()
+    gradients = {name: p.grad for name, p in tower.named_parameters() if "k_proj.bias" not in name}
+    return {"features": features.detach(), "tokens": tokens.detach(), **gradients, **dict(tower.named_buffers())}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(found[name] / scale, value / scale, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_views_in_one_pass_equal_a_pass_each(sync):
+    images = torch.cat([make_images(4), 3 * make_images(4).flip(0) + 1])
+    expected = encode_views(images, 2, split=True, sync_batch_norm=sync)
+    together = encode_views(images, 2, split=False, sync_batch_norm=sync)
+    assert_same(together, expected)
+    assert together["layer2.0.downsample.1.num_batches_tracked"] == 2
+    recomputed = encode_views(images, 2, split=False, sync_batch_norm=sync, activation_checkpointing=True)
+    assert all(torch.equal(recomputed[name], value) for name, value in together.items())
+    mixed = make_tower(sync_batch_norm=sync)(images)
+    assert (mixed - expected["features"]).abs().max() > 0.1 * expected["features"].abs().max()
+    tower = make_tower().eval()
+    assert torch.equal(tower(images, views=2), tower(images))
+
+
+def encode_views_on_rank(rank: int, world_size: int) -> list[tuple[dict[str, torch.Tensor], int]]:
+    results = []
+    # The image's share, then its other view's.
+    images = torch.cat([make_images(4)[rank::2], 3 * make_images(4)[rank::2] + 1])
+    for options in ({"split": True}, {"split": False}, {"split": False, "activation_checkpointing": True}):
+        with recorded_collectives() as collectives:
+            result = encode_views(images, 2, **options)
+        assert {name for name, _ in collectives} == {"all_reduce"}
+        results.append((result, len(collectives)))
+    return results
+
+
+@pytest.mark.slow
+def test_synchronised_views_take_the_collectives_of_one_pass():
+    norms = [name for name, layer in make_tower().named_modules() if isinstance(layer, BatchNorm)]
+    in_blocks = [name for name in norms if name.startswith("layer")]
+    for apart, together, recomputed in run_distributed(encode_views_on_rank, 2):
+        assert_same(together[0], apart[0])
+        assert (apart[1], together[1]) == (4 * len(norms), 2 * len(norms))
+        assert recomputed[1] == together[1] + len(in_blocks)
+        assert all(torch.equal(recomputed[0][name], value) for name, value in together[0].items())
 
 
 def encode_on_rank(rank: int, world_size: int, recompute: bool = False) -> dict[str, torch.Tensor]:
