@@ -1,4 +1,4 @@
-"""Programs of this project as forks of a process that has imported what takes seconds: libraries, nothing of ours."""
+"""Programs of this project as forks of a process that has imported what takes seconds: libraries, and the trainer."""
 
 import multiprocessing
 import os
@@ -9,8 +9,10 @@ import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
-# None of it starts threads or a GPU, and none is ours, which without the path of the tests might be found elsewhere.
+ROOT = Path(__file__).resolve().parents[1]
+# None of it starts threads or a GPU.
 PRELOADED = [
     "torch._dynamo",
     "deepspeed",
@@ -20,6 +22,8 @@ PRELOADED = [
     "ftfy",
     "tokenizers",
     "safetensors.torch",
+    "trainer.assemble",
+    "trainer.loop",
 ]
 
 
@@ -27,15 +31,10 @@ def start_server() -> multiprocessing.context.BaseContext:
     """The context whose processes are forks of this test process's one server, started by the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    # DeepSpeed chooses while it is imported; what runs in forks is told to use the CPU.
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
+    # DeepSpeed chooses while it is imported; what runs in forks is told to use the CPU. The trainer is this checkout's.
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", PYTHONPATH=paths):
         forkserver.ensure_running()
-    finally:
-        del os.environ["DS_ACCELERATOR"]
-        if before is not None:
-            os.environ["DS_ACCELERATOR"] = before
     return context
 
 

@@ -61,7 +61,7 @@ def test_towers_of_hugging_face_train_locked_and_resume_without_their_weights(tm
 
 def test_a_dry_run_reports_what_would_be_loaded(tmp_path):
     torch.manual_seed(0)
-    recipe = write_recipe(tmp_path / "r.yaml", "none", model={"context_length": 16})
+    recipe = write_recipe(tmp_path / "r.yaml", "none", model={"name": "vit_nano_p8_32", "context_length": 16})
     weights = make_large_vocabulary()
     torch.save({"state_dict": weights}, tmp_path / "weights.pt")
     arguments = ["--recipe", str(recipe), "--dry_run", "--model.pretrained", str(tmp_path / "weights.pt")]

@@ -7,10 +7,12 @@ import time
 
 import pytest
 
-from tests.trainer.harness import WORKER, Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
+from tests.trainer.harness import Launched, ds_config, metrics, run_trainer, state_hashes, steps, write_recipe
 from tests.trainer.test_world_size import compare
 
-EVERY = {"checkpoint": {"every": 5, "keep_last": 2}, **WORKER}
+EVERY = {"checkpoint": {"every": 5, "keep_last": 2}}
+# Of runs that are killed or told to stop; those they are compared with read without, which changes no sample.
+WORKER = ["--data.workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def uninterrupted(shards, cache, tmp_path_factory):
 
 def kill_after(arguments, cache, run_dir, step, world_size=1):
     """Start a run and SIGKILL all its ranks once it has logged `step`."""
-    launched = Launched(arguments, world_size, cache, fresh=True)
+    launched = Launched([*arguments, *WORKER], world_size, cache, fresh=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         logged = (run_dir / "metrics.jsonl").is_file() and any(
@@ -106,7 +108,7 @@ def test_signal_saves_and_leaves_cleanly(uninterrupted, cache, tmp_path):
     recipe, reference = uninterrupted
     run_dir = tmp_path / "run"
     arguments = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2)]
-    launched = Launched(arguments, 2, cache, fresh=True)
+    launched = Launched([*arguments, *WORKER], 2, cache, fresh=True)
     while launched.processes[0].poll() is None and not (run_dir / "metrics.jsonl").is_file():
         time.sleep(0.02)
     time.sleep(0.5)

@@ -63,7 +63,7 @@ def test_image_features_follow_the_view_keys():
 
 def test_tensors_that_decide_shapes_stay_on_the_host():
     batch = {**make_batch(1, 1), "bad_samples": []}
-    moved = TrainData.to_device(SimpleNamespace(_device=torch.device("meta")), batch)
+    moved = TrainData.to_device(SimpleNamespace(_device=torch.device("meta"), _copies=None), batch)
     on_host = {name for name, value in moved.items() if torch.is_tensor(value) and value.device.type == "cpu"}
     assert on_host == {"text_lengths", "mlm_index"}
     assert moved.keys() == batch.keys()

@@ -9,7 +9,6 @@ from losses import Clusters
 from models.registry import build_model
 from tests.distributed import run_distributed
 from tests.trainer.harness import (
-    WORKER,
     Launched,
     ds_config,
     metrics,
@@ -299,7 +298,7 @@ def test_cost_is_that_of_the_method():
     assert forward == pytest.approx(whole / 3, rel=0.1)
 
 
-EVERY = {"checkpoint": {"every": 6, "keep_last": 9}, **WORKER}
+EVERY = {"checkpoint": {"every": 6, "keep_last": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -339,13 +338,16 @@ def test_killed_in_an_episode_and_in_clustering_it_continues_bitwise(uninterrupt
     recipe, reference = uninterrupted
     run_dir = tmp_path / "run"
     arguments = ["--recipe", str(recipe), "--run_dir", str(run_dir), "--ds_config", ds_config(2)]
+    worker = ["--data.workers", "1"]
     # In step 8, the last of its episode, after a checkpoint at 6.
-    killed = Launched(arguments, 2, cache, {"die": {"place": "trainer.loop:train_step", "calls": 8, "rank": 1}}).wait()
+    killed = Launched(
+        [*arguments, *worker], 2, cache, {"die": {"place": "trainer.loop:train_step", "calls": 8, "rank": 1}}
+    ).wait()
     assert killed.codes[1] == -9
     assert "episode 1:" in killed.output
     # K-Means searches twice 5 times for images, then for texts: in those of the second of two episodes.
     fault = {"die": {"place": "losses.clustering:nearest", "calls": 20 + 15, "rank": 1}}
-    killed = Launched([*arguments, "--resume", "auto"], 2, cache, fault).wait()
+    killed = Launched([*arguments, *worker, "--resume", "auto"], 2, cache, fault).wait()
     assert killed.codes[1] == -9, killed.output
     # Clusters come from the checkpoint where it is in an episode, and are made anew where it is between two.
     assert "episode 1:" not in killed.output
