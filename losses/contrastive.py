@@ -111,12 +111,14 @@ def contrastive_terms(
     if neighbours is not None:
         masked = neighbour_mask_duplicates
         blocks += [Block(v, len(gathered_text) + k, neighbour_symmetric, k if masked else None) for v, k in pairs]
+    if slab_budget_bytes is None:
+        slab_budget_bytes = _default_slab_budget(text_features.device)
     plan = Plan(
         blocks=tuple(blocks),
         num_text_views=len(gathered_text),
         first_column=rank() * image_features.shape[1],
         tile_rows=tile_rows or _default_tile_rows(gathered_text),
-        slab_budget_bytes=default_slab_budget(text_features.device) if slab_budget_bytes is None else slab_budget_bytes,
+        slab_budget_bytes=slab_budget_bytes,
     )
     extra_sums = logit_scale.new_empty(0) if extra_sums is None else extra_sums
     losses, extra_sums = BlockLosses.apply(
@@ -201,7 +203,7 @@ def _gather_neighbours(
 
 
 @functools.cache
-def default_slab_budget(device: torch.device) -> int:
+def _default_slab_budget(device: torch.device) -> int:
     """Bytes of logits that are kept where nobody says how many."""
     if device.type == "cpu" or not torch.cuda.is_initialized():
         return _SLAB_BUDGET_BYTES_CPU

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.forked import start_server
+from tests.forked import begin, start_server
 
 # Once one rank has failed, the others are usually stuck in a collective that will never finish.
 _GRACE_AFTER_FAILURE_S = 1.0
@@ -119,11 +117,7 @@ def _run_rank(
     port: int,
     timeout_s: float,
 ) -> None:
-    # Loader workers of this process come from the same server, which they may have started with signals blocked.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    sys.dont_write_bytecode = False
-    os.environ.clear()
-    os.environ.update(environment)
+    begin(environment)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

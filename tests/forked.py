@@ -109,13 +109,22 @@ def run_module(
         return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
 
 
-def _run(arguments: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
+def begin(environment: dict[str, str]) -> None:
+    """Make a fork of the server what a process of its own would be.
+
+    Args:
+        environment: Its whole environment.
+    """
     # Loader workers come from the same server, which they may have started with signals blocked.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # Wherever bytecode is not to be kept, each of hundreds of processes would compile the project again.
     sys.dont_write_bytecode = False
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
+    begin(environment)
     os.chdir(cwd)
     for standard, file in enumerate(files, start=1):
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)

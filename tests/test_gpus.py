@@ -1,6 +1,7 @@
 """CPU tests stay CPU tests on a machine with GPUs."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -15,4 +16,4 @@ def test_a_test_without_the_mark_cannot_use_a_gpu():
 
 @pytest.mark.gpu
 def test_a_test_with_the_mark_sees_what_there_is():
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") != "" or not torch.cuda.is_available()
+    assert not isinstance(torch.cuda.is_available, mock.Mock)

@@ -325,7 +325,8 @@ def _announce(
     )
     for line in (engine.method.describe_views(), *engine.method.describe(plan.global_batch_size)):
         console.line(line)
-    if engine.device.type == "cuda":
+    # Towers of Hugging Face have an attention of their own.
+    if engine.device.type == "cuda" and config.model.text_name is None:
         console.line(_attention_of_captions(engine.device, precision))
 
 
